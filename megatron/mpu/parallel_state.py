@@ -1,0 +1,184 @@
+"""This rank's process groups.
+
+:class:`ParallelState` turns the arithmetic of :class:`~megatron.mpu.topology.Topology` into
+process groups and is passed explicitly to whatever communicates. One process needs no process
+group at all: :meth:`ParallelState.single` has axes of size 1, over which every collective does
+nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import MappingProxyType
+
+import torch
+import torch.distributed as dist
+
+from megatron.mpu.topology import Coordinates, Groups, Topology
+
+Edge = tuple[int, int]
+DEFAULT_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of the grid as seen from this rank.
+
+    ``ranks`` are global ranks in the axis' order, ``rank`` is this rank's place among them.
+    ``group`` is None exactly where the axis has size 1, since nothing is ever communicated there.
+    """
+
+    ranks: tuple[int, ...]
+    rank: int
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of ranks on the axis."""
+        return len(self.ranks)
+
+
+@dataclass(frozen=True)
+class ParallelState:
+    """The axes of this rank; ``embedding`` and ``position_embedding`` are None for non-members.
+
+    ``forward_edges`` and ``backward_edges`` hold, for every pipeline edge that touches this rank,
+    a communicator of its own, keyed by (sender, receiver). Messages of one edge and direction are
+    then the only ones on their communicator and stay in order, so that no pair of ranks can wait
+    for each other crosswise.
+    """
+
+    topology: Topology
+    rank: int
+    device: torch.device
+    tensor: Axis
+    pipeline: Axis
+    data: Axis
+    model: Axis
+    embedding: Axis | None
+    position_embedding: Axis | None
+    forward_edges: Mapping[Edge, dist.ProcessGroup] = field(default_factory=dict)
+    backward_edges: Mapping[Edge, dist.ProcessGroup] = field(default_factory=dict)
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes of the whole run."""
+        return self.topology.world_size
+
+    @property
+    def coordinates(self) -> Coordinates:
+        """This rank's place on the grid."""
+        return self.topology.coordinates(self.rank)
+
+    @classmethod
+    def single(cls, device: torch.device | str = "cpu") -> ParallelState:
+        """The state of a run of one process, without any process group."""
+        alone = Axis((0,), 0)
+        return cls(
+            topology=Topology(1),
+            rank=0,
+            device=torch.device(device),
+            tensor=alone,
+            pipeline=alone,
+            data=alone,
+            model=alone,
+            embedding=alone,
+            position_embedding=alone,
+        )
+
+    @classmethod
+    def create(
+        cls,
+        topology: Topology,
+        *,
+        device: torch.device | str = "cpu",
+        backend: str | None = None,
+        timeout: timedelta = DEFAULT_TIMEOUT,
+    ) -> ParallelState:
+        """Create this rank's groups; every rank of the world must call it.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialised.
+            ValueError: its world size is not the topology's.
+        """
+        if topology.world_size == 1:
+            return cls.single(device)
+        if not dist.is_initialized():
+            raise RuntimeError("torch.distributed must be initialised before the parallel state")
+        if dist.get_world_size() != topology.world_size:
+            raise ValueError(
+                f"the topology is for {topology.world_size} ranks, "
+                f"torch.distributed has {dist.get_world_size()}"
+            )
+        rank = dist.get_rank()
+        maker = _GroupMaker(rank, backend, timeout)
+        tensor = maker.axis(topology.tensor_groups())
+        pipeline = maker.axis(topology.pipeline_groups())
+        data = maker.axis(topology.data_groups())
+        model = maker.axis(topology.model_groups())
+        embedding = maker.axis(topology.embedding_groups())
+        position = maker.axis(topology.position_embedding_groups())
+        assert tensor and pipeline and data and model
+        return cls(
+            topology=topology,
+            rank=rank,
+            device=torch.device(device),
+            tensor=tensor,
+            pipeline=pipeline,
+            data=data,
+            model=model,
+            embedding=embedding,
+            position_embedding=position,
+            forward_edges=maker.edges(topology.pipeline_groups(), step=1),
+            backward_edges=maker.edges(topology.pipeline_groups(), step=-1),
+        )
+
+    def destroy(self) -> None:
+        """Release the process groups of this state."""
+        axes = (self.tensor, self.pipeline, self.data, self.model)
+        groups = [axis.group for axis in (*axes, self.embedding, self.position_embedding) if axis]
+        for group in (*groups, *self.forward_edges.values(), *self.backward_edges.values()):
+            if group is not None:
+                dist.destroy_process_group(group)
+
+
+@dataclass(frozen=True)
+class _GroupMaker:
+    """Creates the groups that this rank belongs to, and only those."""
+
+    rank: int
+    backend: str | None
+    timeout: timedelta
+
+    def axis(self, groups: Groups) -> Axis | None:
+        """The axis whose group holds this rank; None where no group does."""
+        mine = next((ranks for ranks in groups if self.rank in ranks), None)
+        if mine is None:
+            return None
+        group = self._group(mine) if len(mine) > 1 else None
+        return Axis(mine, mine.index(self.rank), group)
+
+    def edges(self, pipelines: Groups, step: int) -> Mapping[Edge, dist.ProcessGroup]:
+        """A communicator for each edge of this rank's pipeline that touches this rank.
+
+        The ring's closing edge is included: virtual stages pass from the last rank to the first.
+        """
+        mine = next(ranks for ranks in pipelines if self.rank in ranks)
+        if len(mine) == 1:
+            return MappingProxyType({})
+        pairs = ((mine[i], mine[(i + step) % len(mine)]) for i in range(len(mine)))
+        return MappingProxyType({pair: self._group(pair) for pair in pairs if self.rank in pair})
+
+    def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
+        # Members alone take part: the number of groups a rank joins then stays constant however
+        # large the world is.
+        group = dist.new_group(
+            sorted(ranks),
+            backend=self.backend,
+            timeout=self.timeout,
+            use_local_synchronization=True,
+        )
+        assert group is not None
+        return group
