@@ -1,4 +1,4 @@
-"""This rank's process groups.
+"""This rank's process groups and random streams.
 
 :class:`ParallelState` turns the arithmetic of :class:`~megatron.mpu.topology.Topology` into
 process groups and is passed explicitly to whatever communicates. One process needs no process
@@ -16,6 +16,7 @@ from types import MappingProxyType
 import torch
 import torch.distributed as dist
 
+from megatron.mpu.random import RandomStreams
 from megatron.mpu.topology import Coordinates, Groups, Topology
 
 Edge = tuple[int, int]
@@ -42,7 +43,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class ParallelState:
-    """The axes of this rank; ``embedding`` and ``position_embedding`` are None for non-members.
+    """The axes and the dropout streams of this rank; ``embedding`` and ``position_embedding`` are None for non-members.
 
     ``forward_edges`` and ``backward_edges`` hold, for every pipeline edge that touches this rank,
     a communicator of its own, keyed by (sender, receiver). Messages of one edge and direction are
@@ -61,6 +62,11 @@ class ParallelState:
     position_embedding: Axis | None
     forward_edges: Mapping[Edge, dist.ProcessGroup] = field(default_factory=dict)
     backward_edges: Mapping[Edge, dist.ProcessGroup] = field(default_factory=dict)
+    streams: RandomStreams = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        streams = RandomStreams(self.coordinates, self.tensor.size, self.device)
+        object.__setattr__(self, "streams", streams)
 
     @property
     def world_size(self) -> int:

@@ -1,0 +1,74 @@
+"""Cross entropy over logits that are split along the vocabulary.
+
+The logits are never gathered. With z the logits of one position, m = max z and y its target,
+
+    loss = log(sum_v exp(z_v - m)) - (z_y - m)
+
+needs from the other tensor ranks only three numbers per position: the maximum, and, reduced
+together, the sum of exponentials and the target's logit, which a single rank holds
+(arXiv 1909.08053, section 3).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron.mpu.collectives import MAX, all_reduce
+from megatron.mpu.parallel_state import Axis
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, target: torch.Tensor, axis: Axis, vocab_size: int
+    ) -> torch.Tensor:
+        columns = logits.size(-1)
+        start = axis.rank * columns
+        # Columns of vocabulary padding take no part: as if their logits were minus infinity.
+        real = min(max(vocab_size - start, 0), columns)
+        exponents = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        exponents[..., real:] = float("-inf")
+        maximum = all_reduce(exponents.amax(dim=-1), axis, MAX)
+        exponents -= maximum.unsqueeze(-1)
+
+        local = target - start
+        elsewhere = (local < 0) | (local >= real)
+        local = local.masked_fill(elsewhere, 0)
+        target_logit = exponents.gather(-1, local.unsqueeze(-1)).squeeze(-1)
+        target_logit = target_logit.masked_fill(elsewhere, 0.0)
+
+        exponents.exp_()
+        total, target_logit = all_reduce(torch.stack([exponents.sum(-1), target_logit]), axis)
+        ctx.save_for_backward(exponents, total, local, elsewhere)
+        ctx.dtype = logits.dtype
+        return total.log() - target_logit
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None]:
+        exponents, total, local, elsewhere = ctx.saved_tensors
+        # d loss / d z_v = softmax(z)_v - [v = y]
+        grad_logits = exponents * (grad / total).unsqueeze(-1)
+        at_target = -grad.masked_fill(elsewhere, 0.0)
+        grad_logits.scatter_add_(-1, local.unsqueeze(-1), at_target.unsqueeze(-1))
+        return grad_logits.to(ctx.dtype), None, None, None
+
+
+def vocab_parallel_cross_entropy(
+    logits: torch.Tensor, target: torch.Tensor, axis: Axis, vocab_size: int
+) -> torch.Tensor:
+    """Negative log-likelihood of each target.
+
+    Args:
+        logits: [..., padded vocabulary / size], this rank's columns; computed in at least float32.
+        target: i64[...], global token numbers below ``vocab_size``.
+        axis: the tensor axis.
+        vocab_size: true size of the vocabulary, without padding.
+
+    Returns:
+        [...], in nats, in float32 or wider.
+    """
+    return _VocabParallelCrossEntropy.apply(logits, target, axis, vocab_size)

@@ -1,0 +1,270 @@
+"""The layers that are split over the tensor axis (arXiv 1909.08053, section 3).
+
+A column-parallel product followed by a row-parallel one needs a single all-reduce in each
+direction: the first leaves every rank with some of the columns, which is just the part of the
+rows that the second wants::
+
+    Y = f(X A) B,   A = [A_0 | A_1],   B = [B_0 ; B_1],   Y = sum_r f(X A_r) B_r
+
+Gradients of the weights are added straight into ``weight.main_grad`` where the optimizer has laid
+a flat buffer under it, so that no temporary gradient exists and no second pass adds it up.
+
+Letters: s sequence, b micro-batch, h hidden, n any leading dims flattened, t tensor size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron.mpu.collectives import (
+    gather_from_tensor_region,
+    reduce_from_tensor_region,
+    scatter_to_tensor_region,
+    start_all_reduce,
+)
+from megatron.mpu.init import InitMethod, create_parameter, zeros
+from megatron.mpu.parallel_state import Axis, ParallelState
+from megatron.mpu.shard_spec import ShardSpec
+
+
+def _flatten(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.reshape(-1, tensor.size(-1))
+
+
+def _weight_gradient(
+    weight: torch.Tensor, grad_output: torch.Tensor, total_input: torch.Tensor
+) -> torch.Tensor | None:
+    """grad_output^T input [out, in]: added into ``main_grad`` where there is one, else returned."""
+    main_grad = getattr(weight, "main_grad", None)
+    if main_grad is None:
+        return grad_output.t() @ total_input
+    if main_grad.dtype == grad_output.dtype:
+        main_grad.addmm_(grad_output.t(), total_input)
+    else:
+        main_grad.add_(grad_output.t() @ total_input)
+    return None
+
+
+class _Linear(torch.autograd.Function):
+    """x W^T + b whose input gradient is reduced over an axis while the weight's is computed."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        grad_axis: Axis | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.grad_axis = grad_axis
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, weight = ctx.saved_tensors
+        need_input, need_weight, need_bias, _ = ctx.needs_input_grad
+        grads = _flatten(grad_output)
+        grad_input = grad_weight = grad_bias = work = None
+        if need_input:
+            grad_input = (grads @ weight).view(x.shape)
+            if ctx.grad_axis is not None:
+                work = start_all_reduce(grad_input, ctx.grad_axis)
+        if need_weight:
+            grad_weight = _weight_gradient(weight, grads, _flatten(x))
+        if need_bias:
+            grad_bias = grads.sum(dim=0)
+        if work is not None:
+            work.wait()
+        return grad_input, grad_weight, grad_bias, None
+
+
+def linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, grad_axis: Axis | None = None
+) -> torch.Tensor:
+    """x W^T + b: [..., in], [out, in], [out] -> [..., out].
+
+    With ``grad_axis`` the input's gradient is summed over that axis, as where a block that is
+    split over it begins.
+    """
+    return _Linear.apply(x, weight, bias, grad_axis)
+
+
+class _EmbeddingLookup(torch.autograd.Function):
+    """Rows of ``weight``; the gradient touches only the rows that were looked up."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(ids, weight)
+        return F.embedding(ids, weight)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_output: torch.Tensor
+    ) -> tuple[None, torch.Tensor | None]:
+        ids, weight = ctx.saved_tensors
+        main_grad = getattr(weight, "main_grad", None)
+        if main_grad is None:
+            dense = torch.ops.aten.embedding_dense_backward(
+                grad_output, ids, weight.size(0), -1, False
+            )
+            return None, dense
+        rows = _flatten(grad_output).to(main_grad.dtype)
+        if main_grad.device.type == "cpu":
+            main_grad.index_add_(0, ids.flatten(), rows)
+        else:
+            # index_add_ uses atomics there; this sorts, and sums in a fixed order.
+            main_grad.index_put_((ids.flatten(),), rows, accumulate=True)
+        return None, None
+
+
+def embedding_lookup(ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Rows of ``weight`` [v, h] at ``ids`` i64[...] -> [..., h]."""
+    return _EmbeddingLookup.apply(ids, weight)
+
+
+class VocabParallelEmbedding(nn.Module):
+    """An embedding whose rows are split over the tensor axis.
+
+    Each rank looks up the tokens whose rows it holds, leaves zeros for the others, and the sum
+    over the axis is the embedding.
+
+    Args:
+        num_embeddings: true number of rows.
+        embedding_dim: h.
+        padded: number of rows with padding, divisible by the tensor size.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        *,
+        name: str,
+        state: ParallelState,
+        init_method: InitMethod,
+        dtype: torch.dtype,
+        padded: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.axis = state.tensor
+        spec = ShardSpec(f"{name}.weight", (num_embeddings, embedding_dim), dim=0, padded=padded)
+        self.weight = create_parameter(
+            spec, state.tensor, init_method, dtype=dtype, device=state.device
+        )
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """i64[...] -> [..., h]"""
+        if self.axis.size == 1:
+            return embedding_lookup(ids, self.weight)
+        rows = self.weight.size(0)
+        local = ids - self.axis.rank * rows
+        elsewhere = (local < 0) | (local >= rows)
+        output = embedding_lookup(local.masked_fill(elsewhere, 0), self.weight)
+        output = output.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        return reduce_from_tensor_region(output, self.axis)
+
+
+class ColumnParallelLinear(nn.Module):
+    """y = x A^T + b with the rows of A, the columns of y, split over the tensor axis.
+
+    Args:
+        blocks: sizes of the blocks of the output that are split one by one (see ShardSpec).
+        gather_output: whether every rank gets all of y, or the part that it computed.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        name: str,
+        state: ParallelState,
+        init_method: InitMethod,
+        dtype: torch.dtype,
+        bias: bool = True,
+        blocks: tuple[int, ...] = (),
+        gather_output: bool = False,
+    ) -> None:
+        super().__init__()
+        self.axis = state.tensor
+        self.gather_output = gather_output
+        weight = ShardSpec(f"{name}.weight", (output_size, input_size), dim=0, blocks=blocks)
+        self.weight = create_parameter(
+            weight, state.tensor, init_method, dtype=dtype, device=state.device
+        )
+        self.bias = None
+        if bias:
+            spec = ShardSpec(f"{name}.bias", (output_size,), dim=0, blocks=blocks)
+            self.bias = create_parameter(
+                spec, state.tensor, zeros, dtype=dtype, device=state.device
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in] -> [..., out / t], or [..., out] gathered"""
+        y = linear(x, self.weight, self.bias, grad_axis=self.axis)
+        return gather_from_tensor_region(y, self.axis) if self.gather_output else y
+
+
+class RowParallelLinear(nn.Module):
+    """y = x A^T + b with the columns of A, and with them x, split over the tensor axis.
+
+    Args:
+        input_is_parallel: whether x already is this rank's part.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        output_size: int,
+        *,
+        name: str,
+        state: ParallelState,
+        init_method: InitMethod,
+        dtype: torch.dtype,
+        bias: bool = True,
+        input_is_parallel: bool = True,
+    ) -> None:
+        super().__init__()
+        self.axis = state.tensor
+        self.input_is_parallel = input_is_parallel
+        weight = ShardSpec(f"{name}.weight", (output_size, input_size), dim=1)
+        self.weight = create_parameter(
+            weight, state.tensor, init_method, dtype=dtype, device=state.device
+        )
+        self.bias = None
+        if bias:
+            # Whole on every rank: it is added once, after the sum.
+            spec = ShardSpec(f"{name}.bias", (output_size,))
+            self.bias = create_parameter(
+                spec, state.tensor, zeros, dtype=dtype, device=state.device
+            )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., in / t], or [..., in] where the input is whole -> [..., out]"""
+        if not self.input_is_parallel:
+            x = scatter_to_tensor_region(x, self.axis)
+        if self.axis.size == 1:
+            return linear(x, self.weight, self.bias)
+        y = reduce_from_tensor_region(linear(x, self.weight, None), self.axis)
+        return y if self.bias is None else y + self.bias
+
+
+def parallel_lm_logits(
+    x: torch.Tensor, word_embeddings_weight: torch.Tensor, axis: Axis, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Logits of this rank's part of the vocabulary from the (tied) word embeddings.
+
+    Args:
+        x: [..., h], the same on all tensor ranks.
+        word_embeddings_weight: [v / t, h]; bias: [v / t].
+
+    Returns:
+        [..., v / t].
+    """
+    return linear(x, word_embeddings_weight, bias, grad_axis=axis)
+
