@@ -137,6 +137,7 @@ class VocabParallelEmbedding(nn.Module):
         num_embeddings: true number of rows.
         embedding_dim: h.
         padded: number of rows with padding, divisible by the tensor size.
+        tied_to: name of the embedding on another stage that this one is a copy of.
     """
 
     def __init__(
@@ -149,10 +150,17 @@ class VocabParallelEmbedding(nn.Module):
         init_method: InitMethod,
         dtype: torch.dtype,
         padded: int | None = None,
+        tied_to: str | None = None,
     ) -> None:
         super().__init__()
         self.axis = state.tensor
-        spec = ShardSpec(f"{name}.weight", (num_embeddings, embedding_dim), dim=0, padded=padded)
+        spec = ShardSpec(
+            f"{name}.weight",
+            (num_embeddings, embedding_dim),
+            dim=0,
+            padded=padded,
+            tied_to=tied_to,
+        )
         self.weight = create_parameter(
             spec, state.tensor, init_method, dtype=dtype, device=state.device
         )

@@ -52,10 +52,15 @@ def _gradient(parameter: torch.Tensor) -> torch.Tensor:
     return grad
 
 
+def _gated(hidden: torch.Tensor) -> torch.Tensor:
+    gate, up = hidden.chunk(2, dim=-1)
+    return torch.tanh(gate) * up
+
+
 def _linear_pair(tensor: int, main_grad: bool) -> None:
     state = _state(tensor)
     column = ColumnParallelLinear(
-        12, 24, name="column", state=state, init_method=normal(1.0, 5), dtype=DTYPE, blocks=(8, 16)
+        12, 48, name="column", state=state, init_method=normal(1.0, 5), dtype=DTYPE, blocks=(24, 24)
     )
     row = RowParallelLinear(
         24, 12, name="row", state=state, init_method=normal(1.0, 5), dtype=DTYPE
@@ -66,13 +71,13 @@ def _linear_pair(tensor: int, main_grad: bool) -> None:
     generator = torch.Generator().manual_seed(11)
     x = torch.randn(5, 3, 12, dtype=DTYPE, generator=generator, requires_grad=True)
     seed_grad = torch.randn(5, 3, 12, dtype=DTYPE, generator=generator)
-    y = row(torch.tanh(column(x)))
+    y = row(_gated(column(x)))
     y.backward(seed_grad)
 
     x1 = x.detach().clone().requires_grad_()
     a, b = (_whole(w, 5).requires_grad_() for w in (column.weight, row.weight))
-    bias_a, bias_b = (torch.zeros(n, dtype=DTYPE, requires_grad=True) for n in (24, 12))
-    expected = F.linear(torch.tanh(F.linear(x1, a, bias_a)), b, bias_b)
+    bias_a, bias_b = (torch.zeros(n, dtype=DTYPE, requires_grad=True) for n in (48, 12))
+    expected = F.linear(_gated(F.linear(x1, a, bias_a)), b, bias_b)
     expected.backward(seed_grad)
 
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)

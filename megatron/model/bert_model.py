@@ -1,0 +1,177 @@
+"""BERT (arXiv 1810.04805) with pre-LayerNorm layers (arXiv 1909.08053).
+
+Two heads stand on the encoder. The masked-LM head predicts the tokens that were masked; in
+training it is computed at the masked positions alone, gathered before it, which spares about 85 %
+of the product with the vocabulary. The binary head tells from the pooled first token whether the
+second sentence follows the first.
+
+Letters: s sequence, b micro-batch, h hidden, k masked positions of a sample, v padded vocabulary,
+t tensor size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from megatron.config import Config
+from megatron.model.language_model import WholeLinear, get_language_model
+from megatron.model.module import Float16Module, MegatronModule, parameter_dtype
+from megatron.model.transformer import LayerNorm, gelu
+from megatron.mpu import (
+    ParallelState,
+    ShardSpec,
+    Stage,
+    gather_from_tensor_region,
+    parallel_lm_logits,
+    vocab_parallel_cross_entropy,
+)
+from megatron.mpu.init import create_parameter, zeros
+from megatron.ops.attention import padding_mask
+
+
+class BertLMHead(nn.Module):
+    """Hidden states to this rank's logits: dense, GELU, LayerNorm, word embeddings and a bias."""
+
+    def __init__(self, config: Config, state: ParallelState, name: str) -> None:
+        super().__init__()
+        self.config = config
+        self.axis = state.tensor
+        vocab_size = config.model.vocab_size
+        assert vocab_size is not None
+        self.dense = WholeLinear(config, state, f"{name}.dense")
+        self.layernorm = LayerNorm(config, state, f"{name}.layernorm")
+        padded = config.model.padded_vocab_size(state.tensor.size)
+        self.bias = create_parameter(
+            ShardSpec(f"{name}.bias", (vocab_size,), dim=0, padded=padded),
+            state.tensor,
+            zeros,
+            dtype=parameter_dtype(config),
+            device=state.device,
+        )
+
+    def forward(self, hidden: torch.Tensor, word_embeddings: torch.Tensor) -> torch.Tensor:
+        """[..., h], [v / t, h] -> [..., v / t]"""
+        hidden = self.layernorm(gelu(self.dense(hidden), self.config))
+        return parallel_lm_logits(hidden, word_embeddings, self.axis, self.bias)
+
+
+class BertModel(MegatronModule):
+    """The part of BERT that one pipeline stage holds.
+
+    Args:
+        num_tokentypes: rows of the token-type embedding; 0 for none.
+        add_binary_head: whether there is next-sentence prediction.
+        parallel_output: whether logits stay split along the vocabulary.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        state: ParallelState,
+        stage: Stage,
+        *,
+        num_tokentypes: int = 2,
+        add_binary_head: bool = True,
+        parallel_output: bool = True,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+    ) -> None:
+        super().__init__(config, state, stage, pre_process=pre_process, post_process=post_process)
+        self.parallel_output = parallel_output
+        self.language_model, _ = get_language_model(
+            config,
+            state,
+            stage,
+            num_tokentypes=num_tokentypes,
+            add_pooler=add_binary_head,
+            pre_process=self.pre_process,
+            post_process=self.post_process,
+        )
+        self.lm_head = BertLMHead(config, state, "lm_head") if self.post_process else None
+        self.binary_head = (
+            WholeLinear(config, state, "binary_head", 2)
+            if self.post_process and add_binary_head
+            else None
+        )
+        self.initialize_word_embeddings()
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
+        """Give the activation [s, b, h] that the previous stage sent, for the next forward."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        tokentype_ids: torch.Tensor | None = None,
+        lm_labels: torch.Tensor | None = None,
+        masked_positions: torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
+        """Run this stage.
+
+        Args:
+            input_ids, tokentype_ids: i64[b, s].
+            attention_mask: bool[b, s], True where a token is real.
+            masked_positions: i64[b, k], the positions to predict; None for all s of them.
+            lm_labels: i64[b, k or s], the tokens to predict there.
+
+        Returns:
+            Before the last stage, hidden states [s, b, h]. On the last one a pair: the masked-LM
+            loss [b, k or s] in float32 or wider, or without labels the logits, [b, k or s, v / t]
+            or, without ``parallel_output``, [b, k or s, true vocabulary]; and the next-sentence
+            logits [b, 2], None without a binary head.
+        """
+        hidden, pooled = self.language_model(
+            input_ids, None, padding_mask(attention_mask), tokentype_ids=tokentype_ids
+        )
+        if self.lm_head is None:
+            return hidden
+        hidden = _at_positions(hidden, masked_positions)
+        logits = self.lm_head(hidden, self.word_embeddings_weight())
+        binary_logits = None if self.binary_head is None else self.binary_head(pooled)
+        return self._loss_or_logits(logits, lm_labels), binary_logits
+
+    def _loss_or_logits(self, logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        vocab_size = self.config.model.vocab_size
+        assert vocab_size is not None
+        if labels is not None:
+            return vocab_parallel_cross_entropy(logits, labels, self.state.tensor, vocab_size)
+        if self.parallel_output:
+            return logits
+        return gather_from_tensor_region(logits, self.state.tensor)[..., :vocab_size]
+
+
+def _at_positions(hidden: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
+    """[s, b, h], i64[b, k] -> [b, k, h]; without positions all of them, [b, s, h]."""
+    if positions is None:
+        return hidden.transpose(0, 1)
+    batch = hidden.size(1)
+    # Row of position p of sample i in the flattened [s b, h]: a single gather by rows.
+    rows = positions * batch + torch.arange(batch, device=positions.device)[:, None]
+    return hidden.flatten(0, 1).index_select(0, rows.flatten()).view(*positions.shape, -1)
+
+
+def build_bert(config: Config, state: ParallelState, stage: Stage) -> MegatronModule | Float16Module:
+    """BERT as the configuration describes it, wrapped where it is in half precision."""
+    model = BertModel(config, state, stage, add_binary_head=not config.model.bert_no_binary_head)
+    return Float16Module(model) if config.model.fp16 or config.model.bf16 else model
+
+
+def bert_loss_sums(
+    lm_loss: torch.Tensor,
+    binary_logits: torch.Tensor | None,
+    masked_weights: torch.Tensor,
+    is_random: torch.Tensor,
+) -> dict[str, torch.Tensor]:
+    """The parts of BERT's loss, summed over masked tokens and over sentence pairs.
+
+    Args:
+        lm_loss: [b, k]; masked_weights: [b, k], 1 for a masked token and 0 for padding.
+        binary_logits: [b, 2] or None; is_random: i64[b], 1 where the second sentence is random.
+    """
+    sums = {"lm_loss": (lm_loss * masked_weights.to(lm_loss.dtype)).sum()}
+    if binary_logits is not None:
+        sums["nsp_loss"] = F.cross_entropy(binary_logits, is_random, reduction="sum")
+    return sums

@@ -1,0 +1,161 @@
+"""What all networks have in common: the shared word embedding, and number formats.
+
+With more than one pipeline stage the word embedding is needed at both ends of the pipeline: to
+look tokens up and to score them. The last stage then holds a copy, created as zeros and equalised
+with the first stage's by an all-reduce. In training the two gradients are summed over the same
+group before each step (the optimizer does it, told by ``shard_spec.tied_to``), so that both
+copies receive the same update forever after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.config import Config
+from megatron.mpu import ParallelState, Stage, VocabParallelEmbedding
+from megatron.mpu.collectives import all_reduce
+from megatron.mpu.init import zeros
+
+
+def parameter_dtype(config: Config) -> torch.dtype:
+    """Number format of the parameters and of the activations between stages."""
+    dtype = getattr(torch, config.model.dtype)
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+class MegatronModule(nn.Module):
+    """A network, or the part of it that one pipeline stage holds.
+
+    Args:
+        share_word_embeddings: whether the output layer scores tokens by the word embeddings.
+    """
+
+    language_model: nn.Module
+
+    def __init__(
+        self,
+        config: Config,
+        state: ParallelState,
+        stage: Stage,
+        *,
+        pre_process: bool | None = None,
+        post_process: bool | None = None,
+        share_word_embeddings: bool = True,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.state = state
+        self.stage = stage
+        self.pre_process = stage.is_first if pre_process is None else pre_process
+        self.post_process = stage.is_last if post_process is None else post_process
+        self.share_word_embeddings = share_word_embeddings
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
+        """Give the activation [s, b, h] that the previous stage sent, for the next forward."""
+        raise TypeError(f"{type(self).__name__} does not take a previous stage's activation")
+
+    def initialize_word_embeddings(self) -> None:
+        """Create the last stage's copy of the word embedding and make it equal to the first's.
+
+        Every rank of the embedding group must call it; it does nothing on a single stage.
+        """
+        if not self.share_word_embeddings or (self.pre_process and self.post_process):
+            return
+        if self.post_process:
+            self.word_embeddings = VocabParallelEmbedding(
+                _known_vocab_size(self.config),
+                self.config.model.hidden_size,
+                name="word_embeddings_for_head",
+                tied_to=_WORD_EMBEDDINGS,
+                padded=self.config.model.padded_vocab_size(self.state.tensor.size),
+                state=self.state,
+                init_method=zeros,
+                dtype=parameter_dtype(self.config),
+            )
+        if self.pre_process or self.post_process:
+            weight = self.word_embeddings_weight()
+            if self.state.embedding is not None and not weight.is_meta:
+                all_reduce(weight.data, self.state.embedding)
+
+    def word_embeddings_weight(self) -> torch.Tensor:
+        """This stage's copy of the word embedding [v / t, h].
+
+        Raises:
+            RuntimeError: this stage holds none.
+        """
+        if self.pre_process:
+            weight = self.language_model.embedding.word_embeddings.weight  # type: ignore[union-attr]
+        elif self.post_process and self.share_word_embeddings:
+            weight = self.word_embeddings.weight
+        else:
+            raise RuntimeError("only the first and the last stage hold the word embedding")
+        assert isinstance(weight, torch.Tensor)
+        return weight
+
+    def state_dict_for_save_checkpoint(self) -> dict[str, torch.Tensor]:
+        """This rank's tensors by global name; a copy that belongs to another stage is left out."""
+        return {
+            parameter.shard_spec.name: parameter.data  # type: ignore[attr-defined]
+            for parameter in self.parameters()
+            if parameter.shard_spec.tied_to is None  # type: ignore[attr-defined]
+        }
+
+
+_WORD_EMBEDDINGS = "language_model.embedding.word_embeddings.weight"
+
+
+def _known_vocab_size(config: Config) -> int:
+    assert config.model.vocab_size is not None, "the vocabulary's size is set from the tokenizer"
+    return config.model.vocab_size
+
+
+def conversion_helper(value: Any, conversion: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """Apply ``conversion`` to every tensor in nested tuples, lists and dicts."""
+    if isinstance(value, torch.Tensor):
+        return conversion(value)
+    if isinstance(value, tuple | list):
+        return type(value)(conversion_helper(item, conversion) for item in value)
+    if isinstance(value, dict):
+        return {key: conversion_helper(item, conversion) for key, item in value.items()}
+    return value
+
+
+def fp32_to_float16(value: Any, dtype: torch.dtype) -> Any:
+    """Convert the float32 tensors in ``value`` to ``dtype``; everything else stays."""
+    return conversion_helper(value, lambda t: t.to(dtype) if t.dtype == torch.float32 else t)
+
+
+def float16_to_fp32(value: Any) -> Any:
+    """Convert the half-precision tensors in ``value`` to float32; everything else stays."""
+    half = (torch.float16, torch.bfloat16)
+    return conversion_helper(value, lambda t: t.float() if t.dtype in half else t)
+
+
+class Float16Module(nn.Module):
+    """A network in half precision whose inputs and outputs, at the pipeline's ends, are float32."""
+
+    def __init__(self, module: MegatronModule) -> None:
+        super().__init__()
+        self.dtype = parameter_dtype(module.config)
+        self.module = module.to(self.dtype)
+
+    def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
+        """See :meth:`MegatronModule.set_input_tensor`."""
+        self.module.set_input_tensor(input_tensor)
+
+    def forward(self, *inputs: Any, **named_inputs: Any) -> Any:
+        """The network's forward, with conversions on the first and on the last stage."""
+        if self.module.pre_process:
+            inputs = fp32_to_float16(inputs, self.dtype)
+            named_inputs = fp32_to_float16(named_inputs, self.dtype)
+        outputs = self.module(*inputs, **named_inputs)
+        return float16_to_fp32(outputs) if self.module.post_process else outputs
+
+    def state_dict_for_save_checkpoint(self) -> dict[str, torch.Tensor]:
+        """See :meth:`MegatronModule.state_dict_for_save_checkpoint`."""
+        return self.module.state_dict_for_save_checkpoint()

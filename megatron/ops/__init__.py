@@ -1,0 +1,1 @@
+"""Operators that may have more than one implementation."""
