@@ -1,0 +1,233 @@
+"""What a rank sends, receives and waits for, worked out from the schedule before the first step.
+
+A message carries the result of one action to an action of a neighbouring stage. Every directed
+edge between two ranks has a communicator for activations and one for gradients, and messages on
+one communicator are taken in the order they were sent, so both sides must name them in the same
+order: `compile_steps` checks that for the whole schedule.
+
+In training a rank never waits for a send that might still be under way. A send is over once its
+receiver has taken the message, and the schedule says when that is certain: before the first later
+action of the sender that follows, through a chain of messages, the action that consumed it. There
+the sent tensor is let go. Two stages under 1F1B, rank 0: the activation of `0F0` is surely
+delivered when `0B0` has its gradient, for that gradient was made by `1B0`, which came after `1F0`.
+
+In evaluation nothing ever comes back. There a rank keeps only a few sends open and waits for the
+oldest before it makes another; `_open_sends` finds how few cannot stop the pipeline.
+
+This file imports no torch.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron.pipeline.actions import Action, DeadlockError, Kind, Schedule, in_dependency_order
+
+# Receives are posted when their action is at most this many actions ahead. Under 1F1B a rank
+# receives activations and gradients in turn, or only one of them every second action: 2 keeps one
+# receive open ahead of the current action in both cases, and bounds the buffers held for them.
+ACTIONS_AHEAD = 2
+
+
+class Edge(NamedTuple):
+    """A communicator: what it carries, from which to which rank of the pipeline."""
+
+    kind: Kind
+    source: int
+    target: int
+
+
+class Message(NamedTuple):
+    """The result of `producer`, as input of `consumer`; both on one rank where edge is a loop."""
+
+    edge: Edge
+    producer: Action
+    consumer: Action
+
+    @property
+    def is_local(self) -> bool:
+        """Whether both stages are on one rank, so that nothing is communicated."""
+        return self.edge.source == self.edge.target
+
+    def __str__(self) -> str:
+        what = "activation" if self.edge.kind is Kind.FORWARD else "gradient"
+        return f"the {what} of micro-batch {self.producer.micro_batch}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One action of a rank and the messages around it.
+
+    Attributes:
+        action: what to compute.
+        post: receives to open before anything else, in order.
+        received: the input; None where the stage is the first (last) of the model.
+        delivered: messages sent earlier that are let go before the action computes: in training
+            they have certainly arrived once the input has, in evaluation they are waited for.
+        sent: where the result goes; None where the stage is the last (first).
+    """
+
+    action: Action
+    post: tuple[Message, ...]
+    received: Message | None
+    delivered: tuple[Message, ...]
+    sent: Message | None
+
+
+def compile_steps(schedule: Schedule, rank: int) -> tuple[Step, ...]:
+    """The steps of `rank`, a place along the pipeline, by a valid schedule or its forward passes.
+
+    Raises:
+        ValueError: a receiver takes the messages of an edge in another order than they are sent.
+    """
+    check_order(schedule)
+    table = schedule.ranks[rank]
+    inputs = [input_message(schedule, action) for action in table]
+    outputs = [output_message(schedule, action) for action in table]
+    posts: dict[int, list[Message]] = defaultdict(list)
+    for index, message in enumerate(inputs):
+        if message is not None and not message.is_local:
+            posts[max(0, index - ACTIONS_AHEAD)].append(message)
+    delivered = _deliveries(schedule, rank, outputs)
+    return tuple(
+        Step(action, tuple(posts[i]), inputs[i], tuple(delivered[i]), outputs[i])
+        for i, action in enumerate(table)
+    )
+
+
+def input_message(schedule: Schedule, action: Action) -> Message | None:
+    """The message that `action` starts from."""
+    for producer in schedule.inputs(action):
+        if producer.stage != action.stage:
+            return _message(schedule, producer, action)
+    return None
+
+
+def output_message(schedule: Schedule, action: Action) -> Message | None:
+    """The message that `action` ends with; None where the schedule has no action that takes it."""
+    step = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.WEIGHT: 0}[action.kind]
+    consumer = action._replace(stage=action.stage + step)
+    if not step or consumer not in schedule.actions:
+        return None
+    return _message(schedule, action, consumer)
+
+
+def edges(schedule: Schedule) -> tuple[Edge, ...]:
+    """The communicators that the schedule uses, in an order that all ranks agree on."""
+    messages = _over_the_wire(output_message(schedule, action) for action in schedule.actions)
+    return tuple(sorted({message.edge for message in messages}))
+
+
+def check_order(schedule: Schedule) -> None:
+    """Check that each edge's receiver takes messages in the order in which they are sent.
+
+    Raises:
+        ValueError: names the two messages that change places.
+    """
+    sent: dict[Edge, list[Message]] = defaultdict(list)
+    taken: dict[Edge, list[Message]] = defaultdict(list)
+    for table in schedule.ranks:
+        for action in table:
+            for message in _over_the_wire([output_message(schedule, action)]):
+                sent[message.edge].append(message)
+            for message in _over_the_wire([input_message(schedule, action)]):
+                taken[message.edge].append(message)
+    for edge, messages in sent.items():
+        for first, other in zip(messages, taken[edge], strict=True):
+            if first != other:
+                raise ValueError(
+                    f"rank {edge.source} sends the result of {first.producer} when rank "
+                    f"{edge.target} wants that of {other.producer}: messages of one edge must be "
+                    "taken in the order they are sent"
+                )
+
+
+def _message(schedule: Schedule, producer: Action, consumer: Action) -> Message:
+    holder = schedule.placement
+    edge = Edge(producer.kind, holder[producer.stage], holder[consumer.stage])
+    return Message(edge, producer, consumer)
+
+
+def _deliveries(
+    schedule: Schedule, rank: int, outputs: list[Message | None]
+) -> dict[int, list[Message]]:
+    """For each action of `rank` by index: the messages that are let go when it begins.
+
+    Those that no action knows to have arrived stand past the last index, or nowhere.
+    """
+    place = {action: i for table in schedule.ranks for i, action in enumerate(table)}
+    delivered: dict[int, list[Message]] = defaultdict(list)
+    away = _over_the_wire(outputs)
+    if all(action.kind is Kind.FORWARD for action in schedule.actions):
+        for message, next_producer in _waits(away, _open_sends(schedule)):
+            delivered[place[next_producer]].append(message)
+        return delivered
+    begun = _begun_before(schedule, rank, {message.edge.target for message in away})
+    for message in away:
+        begun_there = begun[message.edge.target]
+        later = place[message.producer] + 1
+        delivered[bisect_right(begun_there, place[message.consumer], later)].append(message)
+    return delivered
+
+
+def _over_the_wire(messages: Iterable[Message | None]) -> list[Message]:
+    return [message for message in messages if message is not None and not message.is_local]
+
+
+def _waits(sent: list[Message], limit: int) -> Iterator[tuple[Message, Action]]:
+    """Each message with the action before which it must be delivered to keep `limit` open."""
+    return ((message, later.producer) for message, later in zip(sent, sent[limit:], strict=False))
+
+
+def _open_sends(schedule: Schedule) -> int:
+    """How many sends a rank may keep open so that waiting for the oldest never stops the pipeline.
+
+    Two suffice where each rank holds one stage. Where an edge closes a ring of virtual stages, the
+    sender may have to be further ahead, which is tried out: enough are always safe.
+    """
+    tables = [
+        _over_the_wire(output_message(schedule, action) for action in table)
+        for table in schedule.ranks
+    ]
+    limit = 2
+    while awaited := {
+        producer: message.consumer for sent in tables for message, producer in _waits(sent, limit)
+    }:
+        try:
+            _prove_order(schedule, awaited)
+        except DeadlockError:
+            limit *= 2
+        else:
+            break
+    return limit
+
+
+def _prove_order(schedule: Schedule, awaited: dict[Action, Action]) -> None:
+    def inputs(action: Action) -> tuple[Action, ...]:
+        extra = (awaited[action],) if action in awaited else ()
+        return (*schedule.inputs(action), *extra)
+
+    deque(in_dependency_order(schedule, inputs), maxlen=0)
+
+
+def _begun_before(schedule: Schedule, rank: int, peers: set[int]) -> dict[int, list[int]]:
+    """For each peer, and each action of `rank`: how many of the peer's actions have begun by then.
+
+    Counted are those that have begun for certain. An action knows what the actions that made its
+    inputs knew, and what the one before it on its rank knew, so the figures never fall.
+    """
+    known = {peer: [0] * schedule.num_ranks for peer in peers}
+    at: dict[int, dict[Action, int]] = {peer: {} for peer in peers}
+    begun: dict[int, list[int]] = {peer: [] for peer in peers}
+    for holder, action in in_dependency_order(schedule) if peers else ():
+        inputs = schedule.inputs(action)
+        for peer in peers:
+            count = max(known[peer][holder], *(at[peer][i] for i in inputs), 0)
+            if holder == rank:
+                begun[peer].append(count)
+            known[peer][holder] = at[peer][action] = count + (holder == peer)
+    return begun

@@ -1,0 +1,159 @@
+"""Point-to-point communication between the ranks of a pipeline, which cannot deadlock.
+
+Three rules keep ranks from waiting for one another:
+
+1. Every directed edge has a communicator for activations and one for gradients, so a message never
+   queues behind one that its receiver wants later.
+2. Sends are asynchronous. The sent tensor is held until the schedule proves that it has arrived, or
+   that waiting for it cannot stop the pipeline (`megatron.pipeline.messages`).
+3. Receives are opened ahead, so that data travels while the rank computes.
+
+With NCCL `wait` makes the device's stream wait, not the host. Buffers for receives come from
+torch's allocator each time: it hands out a freed buffer again exactly when nothing refers to it any
+longer, which only it can know, since autograd may keep views of an activation or a gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megatron.mpu.parallel_state import ParallelState
+from megatron.pipeline.actions import Kind
+from megatron.pipeline.messages import Edge, Message
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and type of the activations that travel between stages, and of their gradients."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class PipelineError(RuntimeError):
+    """A message did not arrive: the other rank died, or the group's timeout passed."""
+
+
+class Exchange:
+    """Sends and receives of one rank; messages are given in the order of the compiled schedule."""
+
+    def __init__(self, state: ParallelState, spec: TensorSpec) -> None:
+        self._state = state
+        self._spec = spec
+        self._incoming: dict[Message, tuple[dist.Work, torch.Tensor]] = {}
+        self._outgoing: dict[Message, tuple[dist.Work, torch.Tensor]] = {}
+        self._local: dict[Message, torch.Tensor] = {}
+
+    def connect(self, edges: Sequence[Edge]) -> None:
+        """Make the connections; all ranks of the pipeline must give the same edges in one order.
+
+        A communicator is otherwise made by its first message, and NCCL holds up the host until the
+        other side joins: two ranks that begin with different edges would then wait for each other.
+        """
+        token = torch.zeros(1, device=self._state.device)
+        here = self._state.pipeline.rank
+        for edge in edges:
+            if here == edge.source:
+                dist.send(token, self._global_rank(edge.target), group=self._group(edge))
+            elif here == edge.target:
+                dist.recv(token, self._global_rank(edge.source), group=self._group(edge))
+
+    def post(self, message: Message) -> None:
+        """Open the receive of `message`."""
+        edge = message.edge
+        buffer = torch.empty(self._spec.shape, dtype=self._spec.dtype, device=self._state.device)
+        try:
+            work = dist.irecv(buffer, self._global_rank(edge.source), group=self._group(edge))
+        except RuntimeError as error:
+            raise self._failure(message, error) from error
+        assert work is not None
+        self._incoming[message] = work, buffer
+
+    def receive(self, message: Message) -> torch.Tensor:
+        """Wait for `message`, which must have been posted unless it is local.
+
+        Raises:
+            PipelineError: says in words which rank waited for what, and why it ended.
+        """
+        if message.is_local:
+            return self._local.pop(message)
+        work, buffer = self._incoming.pop(message)
+        self._wait(message, work)
+        return buffer
+
+    def send(self, message: Message, tensor: torch.Tensor) -> None:
+        """Start sending `tensor`, which must not be changed afterwards.
+
+        Raises:
+            ValueError: it is not what the receiver expects.
+            PipelineError: the receiver is gone.
+        """
+        if message.is_local:
+            self._local[message] = tensor
+            return
+        found = TensorSpec(tuple(tensor.shape), tensor.dtype)
+        if found != self._spec:
+            raise ValueError(
+                f"stage {message.producer.stage} made {message} as {found.dtype} "
+                f"{list(found.shape)}; the pipeline carries {self._spec.dtype} "
+                f"{list(self._spec.shape)}"
+            )
+        edge, tensor = message.edge, tensor.contiguous()
+        try:
+            work = dist.isend(tensor, self._global_rank(edge.target), group=self._group(edge))
+        except RuntimeError as error:
+            raise self._failure(message, error) from error
+        assert work is not None
+        self._outgoing[message] = work, tensor
+
+    def release(self, message: Message) -> None:
+        """Let go of the sent tensor of `message`, once it has arrived.
+
+        Raises:
+            PipelineError: it does not, since the receiver is gone.
+        """
+        if not message.is_local:
+            work, _ = self._outgoing.pop(message)
+            self._wait(message, work)
+
+    def flush(self) -> None:
+        """Wait until everything sent has arrived.
+
+        Raises:
+            PipelineError: a receiver is gone.
+        """
+        for message in tuple(self._outgoing):
+            self.release(message)
+        assert not self._incoming
+        assert not self._local
+
+    def _wait(self, message: Message, work: dist.Work) -> None:
+        try:
+            work.wait()
+        except RuntimeError as error:
+            raise self._failure(message, error) from error
+
+    def _failure(self, message: Message, error: RuntimeError) -> PipelineError:
+        edge = message.edge
+        if self._state.pipeline.rank == edge.target:
+            stage, wait = message.consumer.stage, f"receive {message} from"
+            peer = self._global_rank(edge.source)
+        else:
+            stage, wait = message.producer.stage, f"send {message} to"
+            peer = self._global_rank(edge.target)
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return PipelineError(
+            f"rank {self._state.rank}, stage {stage}, waits to {wait} rank {peer}: {cause}"
+        )
+
+    def _global_rank(self, place: int) -> int:
+        return self._state.pipeline.ranks[place]
+
+    def _group(self, edge: Edge) -> dist.ProcessGroup:
+        forward = edge.kind is Kind.FORWARD
+        groups = self._state.forward_edges if forward else self._state.backward_edges
+        return groups[self._global_rank(edge.source), self._global_rank(edge.target)]
