@@ -30,7 +30,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_LIMIT_SECONDS = 240.0
+_LIMIT_SECONDS = 150.0
 _COLLECTIVE_TIMEOUT = timedelta(seconds=120)
 
 

@@ -153,7 +153,9 @@ def _at_positions(hidden: torch.Tensor, positions: torch.Tensor | None) -> torch
     return hidden.flatten(0, 1).index_select(0, rows.flatten()).view(*positions.shape, -1)
 
 
-def build_bert(config: Config, state: ParallelState, stage: Stage) -> MegatronModule | Float16Module:
+def build_bert(
+    config: Config, state: ParallelState, stage: Stage
+) -> MegatronModule | Float16Module:
     """BERT as the configuration describes it, wrapped where it is in half precision."""
     model = BertModel(config, state, stage, add_binary_head=not config.model.bert_no_binary_head)
     return Float16Module(model) if config.model.fp16 or config.model.bf16 else model

@@ -18,9 +18,7 @@ SUM = dist.ReduceOp.SUM
 MAX = dist.ReduceOp.MAX
 
 
-def all_reduce(
-    tensor: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = SUM
-) -> torch.Tensor:
+def all_reduce(tensor: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = SUM) -> torch.Tensor:
     """Reduce ``tensor`` over the axis in place and return it."""
     if axis.size > 1:
         dist.all_reduce(tensor, op=op, group=axis.group)

@@ -39,9 +39,7 @@ def initialize_model_parallel(
     """
     world = dist.get_world_size() if dist.is_initialized() else 1
     topology = Topology(world, tensor_model_parallel_size, pipeline_model_parallel_size)
-    return install(
-        ParallelState.create(topology, device=device, backend=backend, timeout=timeout)
-    )
+    return install(ParallelState.create(topology, device=device, backend=backend, timeout=timeout))
 
 
 def destroy_model_parallel() -> None:

@@ -275,4 +275,3 @@ def parallel_lm_logits(
         [..., v / t].
     """
     return linear(x, word_embeddings_weight, bias, grad_axis=axis)
-

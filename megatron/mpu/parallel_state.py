@@ -46,9 +46,9 @@ class ParallelState:
     """The axes and the dropout streams of this rank; ``embedding`` and ``position_embedding`` are None for non-members.
 
     ``forward_edges`` and ``backward_edges`` hold, for every pipeline edge that touches this rank,
-    a communicator of its own, keyed by (sender, receiver). Messages of one edge and direction are
-    then the only ones on their communicator and stay in order, so that no pair of ranks can wait
-    for each other crosswise.
+    keyed by (sender, receiver), the communicator of its direction. Two neighbours never send to
+    each other over the same one, and messages over an edge stay in order, so that no pair of
+    ranks can wait for each other crosswise.
     """
 
     topology: Topology
@@ -118,73 +118,81 @@ class ParallelState:
                 f"the topology is for {topology.world_size} ranks, "
                 f"torch.distributed has {dist.get_world_size()}"
             )
-        rank = dist.get_rank()
-        maker = _GroupMaker(rank, backend, timeout)
-        tensor = maker.axis(topology.tensor_groups())
-        pipeline = maker.axis(topology.pipeline_groups())
-        data = maker.axis(topology.data_groups())
-        model = maker.axis(topology.model_groups())
-        embedding = maker.axis(topology.embedding_groups())
-        position = maker.axis(topology.position_embedding_groups())
-        assert tensor and pipeline and data and model
+        maker = _GroupMaker(dist.get_rank(), backend, timeout)
+        pipelines = topology.pipeline_groups()
         return cls(
             topology=topology,
-            rank=rank,
+            rank=maker.rank,
             device=torch.device(device),
-            tensor=tensor,
-            pipeline=pipeline,
-            data=data,
-            model=model,
-            embedding=embedding,
-            position_embedding=position,
-            forward_edges=maker.edges(topology.pipeline_groups(), step=1),
-            backward_edges=maker.edges(topology.pipeline_groups(), step=-1),
+            tensor=maker.axis(topology.tensor_groups()),
+            pipeline=maker.axis(pipelines),
+            data=maker.axis(topology.data_groups()),
+            model=maker.axis(topology.model_groups()),
+            forward_edges=maker.edges(pipelines, step=1),
+            backward_edges=maker.edges(pipelines, step=-1),
+            # Last, see partial_axis.
+            embedding=maker.partial_axis(topology.embedding_groups()),
+            position_embedding=maker.partial_axis(topology.position_embedding_groups()),
         )
 
     def destroy(self) -> None:
-        """Release the process groups of this state."""
+        """Release the process groups of this state.
+
+        torch.distributed must be initialised anew before another state is created: the names of
+        the new groups would be found taken in its store.
+        """
         axes = (self.tensor, self.pipeline, self.data, self.model)
         groups = [axis.group for axis in (*axes, self.embedding, self.position_embedding) if axis]
-        for group in (*groups, *self.forward_edges.values(), *self.backward_edges.values()):
+        edges = {*self.forward_edges.values(), *self.backward_edges.values()}
+        for group in (*groups, *edges):
             if group is not None:
                 dist.destroy_process_group(group)
 
 
 @dataclass(frozen=True)
 class _GroupMaker:
-    """Creates the groups that this rank belongs to, and only those."""
+    """Creates process groups in an order that all their members agree on."""
 
     rank: int
     backend: str | None
     timeout: timedelta
 
-    def axis(self, groups: Groups) -> Axis | None:
-        """The axis whose group holds this rank; None where no group does."""
-        mine = next((ranks for ranks in groups if self.rank in ranks), None)
-        if mine is None:
-            return None
-        group = self._group(mine) if len(mine) > 1 else None
-        return Axis(mine, mine.index(self.rank), group)
+    def axis(self, groups: Groups) -> Axis:
+        """The axis of a kind of groups that partitions the world."""
+        mine = next(ranks for ranks in groups if self.rank in ranks)
+        return Axis(mine, mine.index(self.rank), self._group(mine))
+
+    def partial_axis(self, groups: Groups) -> Axis | None:
+        """The axis of a kind of groups that leaves some ranks out; None on those."""
+        found = None
+        for ranks in groups:
+            # Every rank takes part in the making of every group: PyTorch names a group that its
+            # members make alone after how many groups they made before, which must then agree.
+            group = self._group(ranks, members_alone=False)
+            if self.rank in ranks:
+                found = Axis(ranks, ranks.index(self.rank), group)
+        return found
 
     def edges(self, pipelines: Groups, step: int) -> Mapping[Edge, dist.ProcessGroup]:
-        """A communicator for each edge of this rank's pipeline that touches this rank.
-
-        The ring's closing edge is included: virtual stages pass from the last rank to the first.
-        """
+        """The edges of this rank's pipeline in one direction, on a communicator of their own."""
         mine = next(ranks for ranks in pipelines if self.rank in ranks)
-        if len(mine) == 1:
+        group = self._group(mine)
+        if group is None:
             return MappingProxyType({})
-        pairs = ((mine[i], mine[(i + step) % len(mine)]) for i in range(len(mine)))
-        return MappingProxyType({pair: self._group(pair) for pair in pairs if self.rank in pair})
+        ordered = mine[::step]
+        pairs = zip(ordered, ordered[1:], strict=False)
+        return MappingProxyType({pair: group for pair in pairs if self.rank in pair})
 
-    def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
-        # Members alone take part: the number of groups a rank joins then stays constant however
-        # large the world is.
-        group = dist.new_group(
+    def _group(
+        self, ranks: tuple[int, ...], members_alone: bool = True
+    ) -> dist.ProcessGroup | None:
+        if len(ranks) == 1:
+            return None
+        # Where only members take part, the number of groups that a rank helps to make stays
+        # constant however large the world is.
+        return dist.new_group(
             sorted(ranks),
             backend=self.backend,
             timeout=self.timeout,
-            use_local_synchronization=True,
+            use_local_synchronization=members_alone,
         )
-        assert group is not None
-        return group

@@ -142,7 +142,10 @@ def _embedding(tensor: int, vocab: int, padded: int, main_grad: bool) -> None:
     torch.testing.assert_close(output, expected, rtol=0, atol=0)
     assert reference.weight.grad is not None
     _assert_piece(
-        _gradient(embedding.weight), reference.weight.grad, embedding.weight.shard_spec, state.tensor
+        _gradient(embedding.weight),
+        reference.weight.grad,
+        embedding.weight.shard_spec,
+        state.tensor,
     )
 
 
