@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron.config import Config
-from megatron.model.language_model import WholeLinear, get_language_model
+from megatron.model.language_model import TransformerLanguageModel, WholeLinear, get_language_model
 from megatron.model.module import Float16Module, MegatronModule, parameter_dtype
 from megatron.model.transformer import LayerNorm, gelu
 from megatron.mpu import (
@@ -80,6 +80,7 @@ class BertModel(MegatronModule):
     ) -> None:
         super().__init__(config, state, stage, pre_process=pre_process, post_process=post_process)
         self.parallel_output = parallel_output
+        self.language_model: TransformerLanguageModel
         self.language_model, _ = get_language_model(
             config,
             state,

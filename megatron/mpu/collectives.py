@@ -62,7 +62,7 @@ class _Copy(torch.autograd.Function):
         return tensor.view_as(tensor)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         # A clone, since the same gradient may also flow elsewhere.
         return all_reduce(grad.clone(memory_format=torch.contiguous_format), ctx.axis), None
 
@@ -74,7 +74,7 @@ class _Reduce(torch.autograd.Function):
         return all_reduce(tensor, axis)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return grad, None
 
 
@@ -85,7 +85,7 @@ class _Gather(torch.autograd.Function):
         return all_gather_last_dim(tensor, axis)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return own_piece(grad, ctx.axis).contiguous(), None
 
 
@@ -96,7 +96,7 @@ class _Scatter(torch.autograd.Function):
         return own_piece(tensor, axis).contiguous()
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         return all_gather_last_dim(grad, ctx.axis), None
 
 

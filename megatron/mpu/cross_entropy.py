@@ -46,9 +46,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return total.log() - target_logit
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         exponents, total, local, elsewhere = ctx.saved_tensors
         # d loss / d z_v = softmax(z)_v - [v = y]
         grad_logits = exponents * (grad / total).unsqueeze(-1)

@@ -65,7 +65,7 @@ class _Linear(torch.autograd.Function):
         return F.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         need_input, need_weight, need_bias, _ = ctx.needs_input_grad
         grads = _flatten(grad_output)
@@ -103,9 +103,7 @@ class _EmbeddingLookup(torch.autograd.Function):
         return F.embedding(ids, weight)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_output: torch.Tensor
-    ) -> tuple[None, torch.Tensor | None]:
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[None, torch.Tensor | None]:
         ids, weight = ctx.saved_tensors
         main_grad = getattr(weight, "main_grad", None)
         if main_grad is None:

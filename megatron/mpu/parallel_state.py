@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from itertools import pairwise
 from types import MappingProxyType
 
 import torch
@@ -43,7 +44,9 @@ class Axis:
 
 @dataclass(frozen=True)
 class ParallelState:
-    """The axes and the dropout streams of this rank; ``embedding`` and ``position_embedding`` are None for non-members.
+    """The axes and the dropout streams of this rank.
+
+    ``embedding`` and ``position_embedding`` are None on ranks that hold no such parameter.
 
     ``forward_edges`` and ``backward_edges`` hold, for every pipeline edge that touches this rank,
     keyed by (sender, receiver), the communicator of its direction. Two neighbours never send to
@@ -180,7 +183,7 @@ class _GroupMaker:
         if group is None:
             return MappingProxyType({})
         ordered = mine[::step]
-        pairs = zip(ordered, ordered[1:], strict=False)
+        pairs = pairwise(ordered)
         return MappingProxyType({pair: group for pair in pairs if self.rank in pair})
 
     def _group(
