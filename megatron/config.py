@@ -8,27 +8,15 @@ run and the page docs/flags.md are all made from these fields. Nothing changes a
 
 import dataclasses
 import math
+import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import yaml
+
 from megatron.errors import ConfigError
-
-
-def flag(
-    help: str,
-    *,
-    default: Any = dataclasses.MISSING,
-    choices: tuple[str, ...] = (),
-    bounds: str = "",
-    topic: str = "",
-) -> Any:
-    """A field of a section that is a flag of the command line.
-
-    help: one sentence without its full stop; bounds: the interval of allowed values, "[0, 1)";
-    topic: the heading of this flag and of those after it, by default the section's own.
-    """
-    metadata = {"help": help, "choices": choices, "bounds": bounds, "topic": topic}
-    return dataclasses.field(default=default, metadata=metadata)
+from megatron.flags import Flag, flag, flags_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +124,7 @@ class ParallelConfig:
         "layers of each stage, such as 2,3; equal shares where not given",
         default=None,
         bounds="[0, inf)",
+        metavar="N,N,...",
     )
     pipeline_schedule: str = flag(
         "order of forward and backward passes", default="1f1b", choices=("gpipe", "1f1b")
@@ -186,7 +175,7 @@ class ParallelConfig:
         tensor, pipeline = self.tensor_model_parallel_size, self.pipeline_model_parallel_size
         if world_size < tensor * pipeline or world_size % (tensor * pipeline):
             raise ConfigError(
-                f"the number of ranks, {world_size}, is not divisible by "
+                f"the number of ranks, {world_size}, is not a multiple of "
                 f"--tensor-model-parallel-size {tensor} x "
                 f"--pipeline-model-parallel-size {pipeline} = {tensor * pipeline}"
             )
@@ -268,10 +257,15 @@ class DataConfig:
     """The text that is trained on and how samples are made from it."""
 
     data_path: tuple[str, ...] = flag(
-        "prefix of the indexed dataset, the path without .idx and .bin", default=(), topic="Data"
+        "prefix of the indexed dataset, the path without .idx and .bin",
+        default=(),
+        topic="Data",
+        metavar="PREFIX",
     )
     split: str = flag(
-        "weights by which documents go to training, validation and test", default="969, 30, 1"
+        "weights by which documents go to training, validation and test",
+        default="969, 30, 1",
+        metavar="A,B,C",
     )
     seq_length: int = flag("tokens of one sample", bounds="[1, inf)")
     mask_prob: float = flag("fraction of the tokens that are masked", default=0.15, bounds="(0, 1)")
@@ -289,7 +283,9 @@ class DataConfig:
         bounds="[0, inf)",
     )
     data_cache_dir: str | None = flag(
-        "directory of the samples' index files; beside the data where not given", default=None
+        "directory of the samples' index files; beside the data where not given",
+        default=None,
+        metavar="DIR",
     )
     mmap_warmup: bool = flag("read the dataset once at the start to warm the cache", default=False)
 
@@ -299,8 +295,10 @@ class DataConfig:
         choices=("BertWordPieceLowerCase", "BertWordPieceCase", "GPT2BPETokenizer"),
         topic="Tokenizer",
     )
-    vocab_file: str | None = flag("vocabulary: vocab.txt or vocab.json", default=None)
-    merge_file: str | None = flag("merge rules of byte-pair encoding", default=None)
+    vocab_file: str | None = flag(
+        "vocabulary: vocab.txt or vocab.json", default=None, metavar="FILE"
+    )
+    merge_file: str | None = flag("merge rules of byte-pair encoding", default=None, metavar="FILE")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -336,11 +334,15 @@ class TrainConfig:
         "iterations between evaluations on the validation set", default=1000, bounds="[1, inf)"
     )
 
-    save: str | None = flag("directory to write checkpoints to", default=None, topic="Checkpoints")
+    save: str | None = flag(
+        "directory to write checkpoints to", default=None, topic="Checkpoints", metavar="DIR"
+    )
     save_interval: int | None = flag(
         "iterations between checkpoints", default=None, bounds="[1, inf)"
     )
-    load: str | None = flag("directory to continue from its latest checkpoint", default=None)
+    load: str | None = flag(
+        "directory to continue from its latest checkpoint", default=None, metavar="DIR"
+    )
     finetune: bool = flag(
         "load the weights alone and start at iteration 0 with a new optimizer", default=False
     )
@@ -353,8 +355,12 @@ class TrainConfig:
         "iterations between lines on the console", default=100, bounds="[1, inf)", topic="Logging"
     )
     log_params_norm: bool = flag("log the norm of the parameters", default=False)
-    metrics_file: str | None = flag("file to append one JSON object per iteration to", default=None)
-    tensorboard_dir: str | None = flag("directory of TensorBoard's event files", default=None)
+    metrics_file: str | None = flag(
+        "file to append one JSON object per iteration to", default=None, metavar="FILE"
+    )
+    tensorboard_dir: str | None = flag(
+        "directory of TensorBoard's event files", default=None, metavar="DIR"
+    )
     tensorboard_log_interval: int = flag(
         "iterations between TensorBoard records", default=1, bounds="[1, inf)"
     )
@@ -394,3 +400,84 @@ class Config:
         return dataclasses.replace(
             self, model=dataclasses.replace(self.model, vocab_size=vocab_size)
         )
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """Plain values by section and field: numbers, texts, booleans, lists and None."""
+        return {
+            section: {
+                name: list(value) if isinstance(value, tuple) else value
+                for name, value in dataclasses.asdict(getattr(self, section)).items()
+            }
+            for section in SECTIONS
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """The configuration that `to_dict` described; raises ConfigError naming all it lacks."""
+        problems = [f"unknown section {name}" for name in values if name not in SECTIONS]
+        flat: dict[str, Any] = {}
+        for section, kind in SECTIONS.items():
+            given = values.get(section, {})
+            if not isinstance(given, Mapping):
+                problems.append(f"section {section} is no mapping")
+                continue
+            flags = {each.name: each for each in flags_of(kind)}
+            problems += [
+                f"unknown {name} in section {section}" for name in given if name not in flags
+            ]
+            for name, each in flags.items():
+                try:
+                    if name in given:
+                        flat[name] = each.read(given[name])
+                    elif each.required:
+                        problems.append(f"{each.option} is required")
+                except ConfigError as error:
+                    problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+        return cls.from_flags(flat)
+
+    @classmethod
+    def from_flags(cls, values: Mapping[str, Any]) -> "Config":
+        """The configuration with these values by field name, whatever section they belong to."""
+        return cls(
+            **{
+                section: kind(
+                    **{f.name: values[f.name] for f in flags_of(kind) if f.name in values}
+                )
+                for section, kind in SECTIONS.items()
+            }
+        )
+
+    def to_flags(self) -> dict[str, Any]:
+        """The value of every field by its name, which is unique over all sections."""
+        return {
+            each.name: getattr(getattr(self, section), each.name)
+            for section, kind in SECTIONS.items()
+            for each in flags_of(kind)
+        }
+
+    def to_yaml(self) -> str:
+        """Text that `from_yaml` and `--config-file` read."""
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> "Config":
+        """The configuration that `to_yaml` wrote; raises ConfigError."""
+        try:
+            values = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"not YAML: {error}".replace("\n", " ")) from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"expected the sections {', '.join(SECTIONS)}")
+        return cls.from_dict(values)
+
+
+SECTIONS: dict[str, type] = {
+    field.name: typing.cast(type, field.type) for field in dataclasses.fields(Config)
+}
+
+
+def all_flags() -> dict[str, Flag]:
+    """Every flag by its field name, in the order of the sections."""
+    return {each.name: each for kind in SECTIONS.values() for each in flags_of(kind)}

@@ -46,15 +46,19 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        _report(error.problems, shared=error.exit_code == ConfigError.exit_code)
-        sys.exit(error.exit_code)
+        exit_with(error)
     except OSError as error:
         if error.filename is None:  # not about a file that the user named
             raise
-        _report((f"{error.filename}: {error.strerror}",), shared=False)
-        sys.exit(1)
+        exit_with(UserError(f"{error.filename}: {error.strerror}"))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def exit_with(error: UserError) -> NoReturn:
+    """Print one `error: ...` line for each problem and end the process with the error's code."""
+    _report(error.problems, shared=isinstance(error, ConfigError))
+    sys.exit(error.exit_code)
 
 
 def _report(problems: Iterable[str], shared: bool) -> None:

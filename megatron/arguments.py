@@ -1,0 +1,221 @@
+"""From a command line to a configuration, or to all that is wrong with it.
+
+In order: the words are cut into flags and their values; the lines of `--config-file` are put before
+them, so that the command line wins; old names become new ones; each value is read as its flag's
+type; combinations are checked. Every step goes on after a mistake, and all mistakes are reported
+together. (argparse stops at the first one, which is why it is not used.)
+
+Flags are never abbreviated. A switch may be given a value, `--fp16 false`, to overrule a file.
+"""
+
+import difflib
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron.config import SECTIONS, Config, all_flags
+from megatron.errors import ConfigError, exit_with
+from megatron.flag_reference import help_text
+from megatron.old_flags import OLD_FLAGS, Obsolete, Renamed, Unavailable
+from megatron.validation import find_problems
+
+_HELP = ("-h", "--help")
+_CONFIG_FILE = "config-file"
+
+
+@dataclass(frozen=True)
+class Given:
+    """A flag as it was given: its name without dashes, its value or words, the line of a file."""
+
+    name: str
+    raw: object
+    where: str = ""
+
+
+def parse_config(
+    argv: list[str] | None = None,
+    *,
+    prog: str,
+    description: str = "",
+    defaults: Mapping[str, Any] | None = None,
+    required: Iterable[str] = (),
+) -> Config:
+    """The configuration that a command line asks for; ends the process with 2 where it is wrong.
+
+    argv: the words after the program's name, by default this process's; defaults: values by field
+    name that this program uses in place of the fields' own; required: names of fields that this
+    program cannot do without. The number of ranks is torchrun's WORLD_SIZE.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    defaults = defaults or {}
+    if any(word in _HELP for word in argv):
+        width = min(shutil.get_terminal_size().columns, 110)
+        sys.stdout.write(help_text(prog, description, defaults, tuple(required), width))
+        sys.exit(0)
+    try:
+        config, notes = read_config(
+            argv,
+            defaults=defaults,
+            required=required,
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        )
+    except ConfigError as error:
+        exit_with(error)
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.writelines(f"{prog}: {note}\n" for note in notes)
+    return config
+
+
+def read_config(
+    argv: list[str],
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    required: Iterable[str] = (),
+    world_size: int = 1,
+) -> tuple[Config, list[str]]:
+    """The configuration that `argv` asks for, and a line about each old name in it.
+
+    Raises ConfigError with every problem that `argv` and its configuration file have.
+    """
+    problems: list[str] = []
+    given = _with_files(_split(argv, problems), problems)
+    current, notes = _renamed(given, problems)
+    flags = all_flags()
+    values = {name: flag.default for name, flag in flags.items() if not flag.required}
+    values |= defaults or {}
+    unreadable = set()
+    for each in current:
+        flag = flags[_field_name(each.name)]
+        try:
+            values[flag.name] = flag.read(each.raw)
+            unreadable.discard(flag.name)
+        except ConfigError as error:
+            unreadable.add(flag.name)
+            problems += (each.where + line for line in error.problems)
+    absent = {name for name in required if values.get(name) in (None, ())}
+    values = {name: values[name] for name in values.keys() - unreadable - absent}
+    problems += (
+        f"{flag.option} is required"
+        for name, flag in flags.items()
+        if name not in values and name not in unreadable
+    )
+    problems += find_problems(values, world_size)
+    if problems:
+        raise ConfigError(dict.fromkeys(problems))
+    return Config.from_flags(values), notes
+
+
+def _split(argv: list[str], problems: list[str]) -> list[Given]:
+    """Cut `--flag value ...` and `--flag=value` apart."""
+    given: list[tuple[str, list[str]]] = []
+    for word in argv:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word[2:].partition("=")
+            given.append((name, [value] if equals else []))
+        elif given:
+            given[-1][1].append(word)
+        else:
+            problems.append(f"expected a flag, found {word!r}")
+    return [Given(name, words) for name, words in given]
+
+
+def _with_files(given: list[Given], problems: list[str]) -> list[Given]:
+    """The flags of the configuration files, then those given beside them."""
+    from_files: list[Given] = []
+    others = []
+    for each in given:
+        if each.name != _CONFIG_FILE:
+            others.append(each)
+        elif isinstance(each.raw, list) and len(each.raw) == 1:
+            from_files += _read_file(each.raw[0], problems)
+        else:
+            problems.append("--config-file expects one file")
+    return from_files + others
+
+
+def _read_file(path: str, problems: list[str]) -> list[Given]:
+    """The flags of a YAML file: by name at the top level, or under the names of the sections."""
+    try:
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        root = loader.get_single_node()
+        if root is None:
+            return []
+        if not isinstance(root, yaml.MappingNode):
+            problems.append(f"{path}:1: expected lines such as num-layers: 24")
+            return []
+        return _flags_of_mapping(loader, root, path, problems)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "is not text in UTF-8"
+        problems.append(f"--config-file {path}: {reason}")
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        problems.append(f"{path}:{line}: not YAML: {error.problem}")
+    except yaml.YAMLError as error:
+        problems.append(f"{path}: not YAML: {' '.join(str(error).split())}")
+    return []
+
+
+def _flags_of_mapping(
+    loader: yaml.SafeLoader, mapping: yaml.MappingNode, path: str, problems: list[str]
+) -> list[Given]:
+    given: list[Given] = []
+    lines: dict[str, int] = {}
+    for key, value in mapping.value:
+        name = _dashed(str(key.value))
+        line = key.start_mark.line + 1
+        if name in SECTIONS and isinstance(value, yaml.MappingNode):
+            given += _flags_of_mapping(loader, value, path, problems)
+            continue
+        if name in lines:
+            problems.append(f"{path}:{line}: {key.value} stands in line {lines[name]} already")
+        lines[name] = line
+        where = f"{path}:{line}: "
+        given.append(Given(name, loader.construct_object(value, deep=True), where))
+    return given
+
+
+def _renamed(given: list[Given], problems: list[str]) -> tuple[list[Given], list[str]]:
+    """The flags under today's names, and a line about each old one; unknown names are problems."""
+    known = {flag.option[2:] for flag in all_flags().values()}
+    current: list[Given] = []
+    notes: dict[str, None] = {}  # a set that keeps its order
+    for each in given:
+        match None if each.name in known else OLD_FLAGS.get(_dashed(each.name)):
+            case Renamed() as old:
+                notes[f"--{each.name} {old.note}"] = None
+                current.append(Given(old.to, each.raw, each.where))
+            case Obsolete() as old:
+                notes[f"--{each.name} {old.note}"] = None
+            case Unavailable() as old:
+                if _asked_for(each.raw, old):
+                    problems.append(f"{each.where}--{each.name} {old.note}")
+            case None if each.name in known:
+                current.append(each)
+            case None:
+                problems.append(f"{each.where}unknown flag --{each.name}{_did_you_mean(each.name)}")
+    return current, list(notes)
+
+
+def _asked_for(raw: object, old: Unavailable) -> bool:
+    (value,) = raw if isinstance(raw, list) and len(raw) == 1 else (raw,)
+    return value is not None and str(value).lower() != old.harmless
+
+
+def _did_you_mean(name: str) -> str:
+    names = {flag.option[2:] for flag in all_flags().values()} | {*OLD_FLAGS, _CONFIG_FILE}
+    close = difflib.get_close_matches(_dashed(name), sorted(names - {name}), n=1)
+    return f": did you mean --{close[0]}?" if close else ""
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")
+
+
+def _field_name(name: str) -> str:
+    return name.replace("-", "_")
