@@ -180,6 +180,42 @@ def test_a_bucket_of_two_chunks_waits_for_both() -> None:
     state.destroy()
 
 
+@distributed(2)
+def test_a_parameter_of_two_chunks_waits_for_the_first() -> None:
+    state = ParallelState.create(Topology(2))
+    chunks = [Tower(state, [128]), Tower(state, [128])]
+    chunks[1].layers = chunks[0].layers
+    gradients = GradientBuffers(chunks, state, bucket_size=1)
+    events: list[Any] = []
+    with recorded(events):
+        gradients.zero()
+        x = torch.ones(2, 8, dtype=torch.float64, requires_grad=True)
+        gradients.on_last_backward(1)
+        chunks[1](x, [0], []).backward()
+        assert events == []
+        gradients.on_last_backward(0)
+        chunks[0](x, [0], []).backward()
+        assert events == [1024]
+        gradients.finish()
+    state.destroy()
+
+
+@distributed(2)
+def test_buckets_of_different_buffers_start_in_backward_order() -> None:
+    state = ParallelState.create(Topology(2))
+    chunk = nn.Module()
+    # The second lies between the other two in time, but without decay in a buffer of its own.
+    for name, shape in (("first", (8, 128)), ("second", (1040,)), ("third", (8, 384))):
+        parameter = plain_parameter(name, shape, state, torch.float64, normal(0.3, SEED))
+        setattr(chunk, name, parameter)
+    gradients = GradientBuffers([chunk], state, bucket_size=1)
+    events: list[Any] = []
+    with recorded(events):
+        gradients.finish()
+    assert events == [3072, 2048, 1024]
+    state.destroy()
+
+
 class EndStage(nn.Module):
     """First or last stage of a pipeline: its embedding, and something of its own before it."""
 
@@ -208,8 +244,6 @@ def test_tied_copies_stay_equal(world_size: int) -> None:
 
 def train_tied_copies() -> None:
     state = ParallelState.create(Topology(dist.get_world_size(), pipeline=2))
-    # As with an encoder-decoder split, where both groups may hold the same stages.
-    state = replace(state, position_embedding=state.embedding)
     stage = EndStage(state)
     optimizer = build_optimizer(make_config(weight_decay=0.1, clip_grad=0.5), [stage], state)
     for step in range(STEPS):
@@ -233,6 +267,34 @@ def train_tied_copies() -> None:
     specs = {key: spec for key, _, spec in optimizer.state_tensors()}
     tied = specs["optimizer.exp_avg.embedding"].tied_to
     assert tied == (None if state.pipeline.rank == 0 else "embedding")
+
+
+@distributed(4)
+def test_each_copy_is_summed_over_its_own_group() -> None:
+    # Encoder 0, decoder 1 to 3: words on 0, 1 and 3, positions on 0 and 1.
+    state = ParallelState.create(Topology(4, pipeline=4))
+    members = {"words": (0, 1, 3), "positions": (0, 1)}
+    axes = {}
+    chunk = nn.Module()
+    for name, ranks in members.items():
+        group = dist.new_group(list(ranks))
+        axes[name] = None
+        if state.rank in ranks:
+            axes[name] = Axis(ranks, ranks.index(state.rank), group)
+            parameter = plain_parameter(name, (5, 5), state, torch.float32, normal(0.2, SEED))
+            if state.rank > 0:
+                parameter.shard_spec = ShardSpec(f"copy.{name}", (5, 5), tied_to=name)
+            setattr(chunk, name, parameter)
+    chunk.own = plain_parameter("own", (3,), state, torch.float32, normal(0.2, SEED))
+    state = replace(state, embedding=axes["words"], position_embedding=axes["positions"])
+    gradients = GradientBuffers([chunk], state, BUCKET_SIZE)
+    for parameter in chunk.parameters():
+        parameter.main_grad.fill_(10.0**state.rank)
+    gradients.finish()
+    for name, ranks in members.items():
+        if state.rank in ranks:
+            assert (getattr(chunk, name).main_grad == sum(10.0**rank for rank in ranks)).all()
+    assert (chunk.own.main_grad == 10.0**state.rank).all()
 
 
 @distributed(2)

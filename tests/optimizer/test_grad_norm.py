@@ -30,6 +30,12 @@ def test_norm_is_over_all_tensors() -> None:
     assert global_norm(tensors, SINGLE.model, CPU).item() == pytest.approx(expected, rel=1e-14)
 
 
+def test_norm_of_large_gradients_does_not_overflow() -> None:
+    flat = torch.full((1024 * 100,), 1e17)  # the squares of all rows add up beyond float32
+    expected = 1e17 * 102_400**0.5
+    assert global_norm([flat], SINGLE.model, CPU).item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_norm_of_nothing_is_zero() -> None:
     assert global_norm([], SINGLE.model, CPU).item() == 0.0
 

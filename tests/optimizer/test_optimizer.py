@@ -15,7 +15,8 @@ from tests.optimizer.support import (
 )
 
 SINGLE = ParallelState.single()
-ADAM: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+ADAM: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}
+OPTIONS = {"adam_beta1": 0.8, "adam_beta2": 0.95, "adam_eps": 1e-6, "weight_decay": 0.1}
 STEPS = 6
 
 
@@ -40,7 +41,7 @@ def worst_difference(net: Net, plain: PlainTraining) -> float:
 def test_adam_equals_torch_per_parameter(dtype: torch.dtype, tolerance: float, clip: float) -> None:
     net = Net(SINGLE, dtype)
     plain = PlainTraining(net, torch.optim.AdamW, **ADAM)
-    config = make_config(clip_grad=clip, weight_decay=0.1, bucket_size=300)
+    config = make_config(clip_grad=clip, bucket_size=300, **OPTIONS)
     optimizer = build_optimizer(config, [net], SINGLE)
     for step, lr in enumerate(rates()):
         batches = micro_batches(3, step)
@@ -75,8 +76,8 @@ def test_half_precision_steps_its_float32_masters(precision: str) -> None:
         fp16=precision == "fp16",
         bf16=precision == "bf16",
         initial_loss_scale=1024.0,
-        weight_decay=0.1,
         clip_grad=0.05,
+        **OPTIONS,
     )
     optimizer = build_optimizer(config, [net], SINGLE)
     for step, lr in enumerate(rates()):
