@@ -80,7 +80,7 @@ class DynamicLossScaler:
 
         Between two doublings the tolerance is used up once: every later overflow halves at once.
         """
-        good_steps = torch.where(overflow, 0, self._good_steps + 1)
+        good_steps = (self._good_steps + 1).masked_fill(overflow, 0)
         tolerance = self._tolerance - overflow.to(torch.int32)
         halve = overflow & (tolerance <= 0)
         double = good_steps == self._window
@@ -88,8 +88,8 @@ class DynamicLossScaler:
         scale = torch.where(halve, halved, self.scale)
         # In place: the runtime and the metrics hold on to these tensors.
         self.scale.copy_(torch.where(double, scale * GROWTH, scale))
-        self._good_steps.copy_(torch.where(double, 0, good_steps))
-        self._tolerance.copy_(torch.where(double, self._hysteresis, tolerance))
+        self._good_steps.copy_(good_steps.masked_fill(double, 0))
+        self._tolerance.copy_(tolerance.masked_fill(double, self._hysteresis))
 
     def state_dict(self) -> dict[str, float]:
         """The state as plain numbers; waits for the device."""
