@@ -86,12 +86,12 @@ def reference_page() -> str:
     """The text of docs/flags.md."""
     parts = [_INTRODUCTION]
     for topic, members in itertools.groupby(all_flags().values(), key=lambda flag: flag.topic):
-        parts.append(f"\n## {topic}\n\n| flag | default | meaning |\n|---|---|---|\n")
+        parts.append(f"\n## {topic}\n\n| flag | default | range | meaning |\n|---|---|---|---|\n")
         for flag in members:
             value = f" {_metavar(flag)}" if _metavar(flag) else ""
             default = "*required*" if flag.required else _shown(flag.default)
-            meaning = flag.help + (f"; within {flag.bounds}" if flag.bounds else "")
-            parts.append(f"| `{flag.option}{value}` | {default} | {_cell(meaning)} |\n")
+            cells = (f"`{flag.option}{value}`", default, flag.bounds, _cell(flag.help))
+            parts.append(f"| {' | '.join(cells)} |\n")
     parts.append(_OLD_NAMES)
     parts += (f"| `--{name}` | {_cell(_fate(old))} |\n" for name, old in sorted(OLD_FLAGS.items()))
     return "".join(parts)

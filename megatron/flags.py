@@ -99,6 +99,8 @@ class Flag:
     def _read_many(self, raw: object) -> tuple[Any, ...]:
         """The elements of a list; numbers may also be parted by commas, as in `2,3`."""
         elements = raw if isinstance(raw, list) else [raw]
+        if self.optional and not elements:  # None, not an empty tuple, says that nothing is stated
+            raise ConfigError(f"{self.option} expects {self._expected}, found nothing")
         if self.type is not str:
             elements = [
                 part

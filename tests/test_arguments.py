@@ -1,0 +1,362 @@
+"""The command line: what it gives, and what it answers to mistakes and old names."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+
+from megatron.arguments import parse_config, read_config
+from megatron.config import Config, all_flags
+from megatron.errors import ConfigError
+from megatron.flag_reference import help_text, reference_page
+from megatron.old_flags import OLD_FLAGS, Obsolete, Renamed, Unavailable
+from tests.configs import SMALL, SMALL_ARGV, argv_of, small, valid_values
+
+ROOT = Path(__file__).parents[1]
+
+
+def read(*words: str, **options: Any) -> Config:
+    """The configuration of the small command line with more words after it."""
+    return read_config([*SMALL_ARGV, *words], **options)[0]
+
+
+def problems(*words: str, **options: Any) -> tuple[str, ...]:
+    """What is wrong with the small command line with more words after it."""
+    with pytest.raises(ConfigError) as caught:
+        read(*words, **options)
+    return caught.value.problems
+
+
+def yaml_file(directory: Path, text: str) -> str:
+    path = directory / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@settings(deadline=None, derandomize=True)
+@given(valid_values())
+def test_a_command_line_states_any_configuration(drawn: tuple[dict[str, Any], int]) -> None:
+    values, world_size = drawn
+    config, notes = read_config(argv_of(values), world_size=world_size)
+    assert config == Config.from_flags(values)
+    assert notes == []
+
+
+@settings(deadline=None, derandomize=True)
+@given(valid_values())
+def test_a_saved_configuration_is_a_configuration_file(
+    tmp_path_factory: pytest.TempPathFactory, drawn: tuple[dict[str, Any], int]
+) -> None:
+    values, world_size = drawn
+    config = Config.from_flags(values)
+    path = yaml_file(tmp_path_factory.getbasetemp(), config.to_yaml())
+    assert read_config(["--config-file", path], world_size=world_size)[0] == config
+
+
+def test_flags_have_their_types() -> None:
+    config = read("--lr=1e-3", "--pipeline-layers", "1,3", "--pipeline-model-parallel-size", "2",
+                  "--fp16", "--split", "9,1", world_size=2)  # fmt: skip
+    assert config.optimizer.lr == 0.001
+    assert config.parallel.pipeline_layers == (1, 3)
+    assert config.model.fp16 is True
+    assert config.data.split == "9,1"
+    assert config == small(lr=1e-3, pipeline_layers=(1, 3), pipeline_model_parallel_size=2,
+                           fp16=True, split="9,1")  # fmt: skip
+
+
+def test_the_last_of_a_repeated_flag_counts() -> None:
+    assert read("--seed", "1", "--seed", "2").train.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--lr", "fast"], "--lr expects a number, found 'fast'"),
+        (["--lr", "nan"], "--lr expects a number, found 'nan'"),
+        (["--seed", "1.5"], "--seed expects an integer, found '1.5'"),
+        (["--seed"], "--seed expects one value, found none"),
+        (["--seed", "1", "2"], "--seed expects one value, found 2: 1 2"),
+        (["--fp16", "maybe"], "--fp16 expects no value, or true or false, found 'maybe'"),
+        (["--pipeline-layers", "2,x"], "--pipeline-layers expects an integer, found 'x'"),
+        (["--pipeline-layers"], "--pipeline-layers expects an integer, found nothing"),
+        (["--optimizer", "lamb"], "--optimizer lamb is none of adam, sgd"),
+        (["--micro-batch", "3"], "unknown flag --micro-batch: did you mean --micro-batch-size?"),
+        (["--num_layers", "3"], "unknown flag --num_layers: did you mean --num-layers?"),
+        (["--zzz"], "unknown flag --zzz"),
+        (["--config-file"], "--config-file expects one file"),
+        (["--config-file", "/nowhere.yaml"],
+         "--config-file /nowhere.yaml: No such file or directory"),
+        (["--config-file", "/"], "--config-file /: Is a directory"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_answered_in_one_line(words: list[str], problem: str) -> None:
+    assert problems(*words) == (problem,)
+
+
+def test_a_word_before_the_first_flag_is_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_config(["train", *SMALL_ARGV])
+    assert caught.value.problems == ("expected a flag, found 'train'",)
+
+
+def test_no_flag_is_abbreviated() -> None:
+    for name in all_flags():
+        if len(name) > 4 and name[:-1] not in all_flags():
+            (problem,) = problems("--" + name[:-1].replace("_", "-"))
+            assert problem.startswith("unknown flag ")
+
+
+def test_all_kinds_of_mistakes_are_reported_together() -> None:
+    found = problems("--sed", "4", "--lr", "fast", "--hidden-dropout", "2", "--seq-length", "99",
+                     "--sequence-parallel", required=("vocab_file",))  # fmt: skip
+    assert set(found) == {
+        "unknown flag --sed: did you mean --seed?",
+        "--lr expects a number, found 'fast'",
+        "--hidden-dropout 2.0 is outside [0, 1)",
+        "--seq-length 99 is larger than --max-position-embeddings 64",
+        "--sequence-parallel is not available: activations are not split along the sequence",
+        "--vocab-file is required",
+    }
+
+
+def test_each_required_flag_is_asked_for() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_config([], required=("data_path",))
+    required = [name for name, flag in all_flags().items() if flag.required] + ["data_path"]
+    lines = {f"--{name.replace('_', '-')} is required" for name in required}
+    assert set(caught.value.problems) == lines | {"--train-iters or --train-samples is required"}
+
+
+def test_a_program_has_its_own_defaults() -> None:
+    assert read(defaults={"clip_grad": 0.5}).optimizer.clip_grad == 0.5
+    assert read("--clip-grad", "2", defaults={"clip_grad": 0.5}).optimizer.clip_grad == 2.0
+
+
+# The configuration file
+
+
+def test_the_command_line_wins_over_the_file_wherever_it_stands(tmp_path: Path) -> None:
+    path = yaml_file(tmp_path, "seed: 5\nlog-interval: 7\nfp16: true\n")
+    for words in (["--seed", "6", "--config-file", path], ["--config-file", path, "--seed", "6"]):
+        config = read(*words, "--fp16", "false")
+        assert (config.train.seed, config.train.log_interval, config.model.fp16) == (6, 7, False)
+
+
+def test_a_file_takes_sections_underscores_lists_and_old_names(tmp_path: Path) -> None:
+    path = yaml_file(
+        tmp_path,
+        """
+        parallel:
+          pipeline_layers: [1, 3]
+          model-parallel-size: 2
+        pipeline-model-parallel-size: 2
+        optimizer: sgd
+        min-lr: 1e-5   # YAML takes this for text
+        bf16: true
+        sequence-parallel: false
+        save:
+        """,
+    )
+    config, notes = read_config([*SMALL_ARGV, "--config-file", path], world_size=4)
+    assert config == small(
+        pipeline_layers=(1, 3), tensor_model_parallel_size=2, pipeline_model_parallel_size=2,
+        optimizer="sgd", min_lr=1e-5, bf16=True,
+    )  # fmt: skip
+    assert notes == ["--model-parallel-size is an old name of --tensor-model-parallel-size"]
+
+
+def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
+    assert read("--config-file", yaml_file(tmp_path, "# nothing\n")) == small()
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("seed: 1\nhiden-size: 4\n",
+         "2: unknown flag --hiden-size: did you mean --hidden-size?"),
+        ("seed: 1\nlr: fast\n", "2: --lr expects a number, found 'fast'"),
+        ("seed: true\n", "1: --seed expects an integer, found True"),
+        ("fp16: 1\n", "1: --fp16 expects no value, or true or false, found 1"),
+        ("seed:\n", "1: --seed has no value, expected an integer"),
+        ("seed: {a: 1}\n", "1: --seed expects an integer, found {'a': 1}"),
+        ("seed: 1\nlog-interval: 2\nseed: 3\n", "3: seed stands in line 1 already"),
+        ("seed: 1\nsave: [a\n", "3: not YAML: expected ',' or ']', but got '<stream end>'"),
+        ("- seed\n", "1: expected lines such as num-layers: 24"),
+        ("save: !!python/object:os.system x\n",
+         "1: not YAML: could not determine a constructor for the tag "
+         "'tag:yaml.org,2002:python/object:os.system'"),
+        ("model:\n  sequence-parallel: true\n",
+         "2: --sequence-parallel is not available: "
+         "activations are not split along the sequence"),
+        ("config-file: other.yaml\n", "1: unknown flag --config-file"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_the_file_is_named_with_its_line(
+    tmp_path: Path, text: str, problem: str
+) -> None:
+    path = yaml_file(tmp_path, text)
+    assert problems("--config-file", path) == (f"{path}:{problem}",)
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert problems("--config-file", str(path)) == (f"--config-file {path}: is not text in UTF-8",)
+
+
+# Old names
+
+
+def test_an_old_name_sets_the_new_flag() -> None:
+    config, notes = read_config(
+        [*argv_of({k: v for k, v in SMALL.items() if k not in ("micro_batch_size", "seq_length")}),
+         "--batch-size", "3", "--encoder-seq-length", "48", "--warmup", "0.1",
+         "--model-parallel-size", "2"],
+        world_size=2,
+    )  # fmt: skip
+    assert config == small(
+        micro_batch_size=3, seq_length=48, lr_warmup_fraction=0.1, tensor_model_parallel_size=2
+    )
+    assert len(notes) == 4
+
+
+@pytest.mark.parametrize("name", sorted(OLD_FLAGS))
+def test_each_old_name_is_answered(name: str) -> None:
+    old = OLD_FLAGS[name]
+    match old:
+        case Renamed(to):
+            assert to.replace("-", "_") in all_flags()
+        case Obsolete(reason):
+            config, notes = read_config([*SMALL_ARGV, f"--{name}", "1", f"--{name}"])
+            assert config == small()
+            assert notes == [f"--{name} has no effect: {reason}"]
+        case Unavailable(what, harmless):
+            assert problems(f"--{name}") == (f"--{name} is not available: {what}",)
+            assert problems(f"--{name}", "2")
+            assert read(f"--{name}", harmless) == small()
+
+
+def test_no_old_name_hides_a_flag() -> None:
+    assert not {name.replace("-", "_") for name in OLD_FLAGS} & set(all_flags())
+
+
+def test_underscores_of_old_names_are_accepted() -> None:
+    assert read("--local_rank=0", "--use-checkpoint-opt_param-scheduler") == small(
+        use_checkpoint_lr_scheduler=True
+    )
+
+
+def test_every_flag_of_the_old_scripts_is_known() -> None:
+    names = """
+    num-layers hidden-size num-attention-heads max-position-embeddings ffn-hidden-size kv-channels
+    make-vocab-size-divisible-by layernorm-epsilon apply-residual-connection-post-layernorm
+    openai-gelu bert-no-binary-head attention-dropout hidden-dropout weight-decay clip-grad
+    adam-beta1 adam-beta2 adam-eps sgd-momentum micro-batch-size global-batch-size
+    rampup-batch-size train-iters train-samples log-interval exit-interval exit-duration-in-mins
+    tensorboard-dir checkpoint-activations activations-checkpoint-method
+    activations-checkpoint-num-layers distribute-checkpointed-activations recompute-granularity
+    recompute-method recompute-num-layers sequence-parallel no-masked-softmax-fusion
+    no-bias-gelu-fusion no-bias-dropout-fusion optimizer dataloader-type seed init-method-std
+    init-method-xavier-uniform lr lr-decay-style lr-decay-iters lr-decay-samples
+    lr-warmup-fraction lr-warmup-iters lr-warmup-samples min-lr override-lr-scheduler
+    use-checkpoint-lr-scheduler save save-interval load no-save-optim no-save-rng no-load-optim
+    no-load-rng finetune fp16 bf16 loss-scale initial-loss-scale min-loss-scale
+    loss-scale-window hysteresis fp32-residual-connection no-query-key-layer-scaling
+    attention-softmax-in-fp32 accumulate-allreduce-grads-in-fp32 fp16-lm-cross-entropy
+    tensor-model-parallel-size pipeline-model-parallel-size pipeline-model-parallel-split-rank
+    num-layers-per-virtual-pipeline-stage distributed-backend DDP-impl use-distributed-optimizer
+    no-contiguous-buffers-in-local-ddp no-scatter-gather-tensors-in-pipeline local_rank
+    lazy-mpu-init use-cpu-initialization empty-unused-memory-level eval-iters eval-interval
+    data-path split vocab-file merge-file vocab-extra-ids seq-length encoder-seq-length
+    decoder-seq-length mask-prob short-seq-prob mmap-warmup num-workers tokenizer-type
+    tokenizer-model data-impl reset-position-ids reset-attention-mask eod-mask-loss
+    log-params-norm log-num-zeros-in-grad tensorboard-log-interval tensorboard-queue-size
+    log-timers-to-tensorboard log-batch-size-to-tensorboard log-validation-ppl-to-tensorboard
+    log-memory-to-tensorboard no-log-learnig-rate-to-tensorboard
+    no-log-loss-scale-to-tensorboard batch-size warmup model-parallel-size
+    """.split()  # noqa: SIM905
+    known = {flag.option[2:] for flag in all_flags().values()} | set(OLD_FLAGS)
+    assert {name.replace("_", "-") for name in names} <= known
+
+
+# What is shown
+
+
+def test_help_names_every_flag_within_its_width() -> None:
+    text = help_text("train.py", "Trains.", {"clip_grad": 0.5}, ("vocab_file",), width=100)
+    for flag in all_flags().values():
+        assert flag.option in text
+        assert flag.topic in text
+    assert max(map(len, text.splitlines())) <= 100
+    text = " ".join(text.split())
+    assert "0 does not clip (default 0.5)" in text
+    assert "vocab.txt or vocab.json (required)" in text
+    assert "learning rate at the end of decay (default 0)" in text
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    page = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+    assert page == reference_page(), "write it: python -m megatron.flag_reference > docs/flags.md"
+
+
+# The process
+
+PROGRAM = """
+from megatron.arguments import parse_config
+from megatron.errors import run_command
+run_command(lambda: print(parse_config(prog="train.py").train.seed))
+"""
+
+
+def start(*words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", PROGRAM, *words],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_right_command_line_runs() -> None:
+    done = start(*SMALL_ARGV, "--seed", "5", "--DDP-impl", "local", "--DDP-impl", "torch")
+    assert (done.returncode, done.stdout) == (0, "5\n")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("train.py: --DDP-impl has no effect: ")
+
+
+def test_a_wrong_command_line_ends_with_2_and_no_traceback() -> None:
+    done = start(*SMALL_ARGV, "--sed", "5", "--lr", "x")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.splitlines() == [
+        "error: unknown flag --sed: did you mean --seed?",
+        "error: --lr expects a number, found 'x'",
+    ]
+
+
+def test_only_rank_zero_notes_old_names(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        parse_config([*SMALL_ARGV, "--DDP-impl", "local"], prog="train.py")
+        assert len(capsys.readouterr().err.splitlines()) == lines
+
+
+def test_the_number_of_ranks_is_torchruns(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(SystemExit) as caught:
+        parse_config([*SMALL_ARGV, "--tensor-model-parallel-size", "2"], prog="train.py")
+    assert caught.value.code == 2
+    assert "the number of ranks, 3, is not a multiple of" in capsys.readouterr().err
+
+
+def test_help_is_shown_whatever_else_is_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_config(["--zzz", "--help"], prog="train.py")
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.startswith("usage: train.py ")
