@@ -53,14 +53,24 @@ class Exchange:
 
         A communicator is otherwise made by its first message, and NCCL holds up the host until the
         other side joins: two ranks that begin with different edges would then wait for each other.
+
+        Raises:
+            ValueError: the parallel state has no communicator for an edge.
+            PipelineError: a neighbour is gone, or did not come within the group's timeout.
         """
         token = torch.zeros(1, device=self._state.device)
         here = self._state.pipeline.rank
         for edge in edges:
-            if here == edge.source:
-                dist.send(token, self._global_rank(edge.target), group=self._group(edge))
-            elif here == edge.target:
-                dist.recv(token, self._global_rank(edge.source), group=self._group(edge))
+            if here not in (edge.source, edge.target):
+                continue
+            peer = self._global_rank(edge.target if here == edge.source else edge.source)
+            exchange = dist.send if here == edge.source else dist.recv
+            try:
+                exchange(token, peer, group=self._group(edge))
+            except RuntimeError as error:
+                raise PipelineError(
+                    f"rank {self._state.rank} waits to connect to rank {peer}: {_cause(error)}"
+                ) from error
 
     def post(self, message: Message) -> None:
         """Open the receive of `message`."""
@@ -145,9 +155,8 @@ class Exchange:
         else:
             stage, wait = message.producer.stage, f"send {message} to"
             peer = self._global_rank(edge.target)
-        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         return PipelineError(
-            f"rank {self._state.rank}, stage {stage}, waits to {wait} rank {peer}: {cause}"
+            f"rank {self._state.rank}, stage {stage}, waits to {wait} rank {peer}: {_cause(error)}"
         )
 
     def _global_rank(self, place: int) -> int:
@@ -156,4 +165,15 @@ class Exchange:
     def _group(self, edge: Edge) -> dist.ProcessGroup:
         forward = edge.kind is Kind.FORWARD
         groups = self._state.forward_edges if forward else self._state.backward_edges
-        return groups[self._global_rank(edge.source), self._global_rank(edge.target)]
+        pair = self._global_rank(edge.source), self._global_rank(edge.target)
+        if pair not in groups:
+            what = "activations" if forward else "gradients"
+            raise ValueError(
+                f"the schedule sends {what} from rank {pair[0]} to rank {pair[1]}, "
+                "for which the parallel state has no communicator"
+            )
+        return groups[pair]
+
+
+def _cause(error: RuntimeError) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -89,9 +89,14 @@ def test_a_rank_that_dies_ends_the_others_with_words() -> None:
     )
 
 
+def impatient_state() -> ParallelState:
+    dist.barrier()  # the timeout also covers the making of the groups
+    return ParallelState.create(Topology(2, pipeline=2), timeout=timedelta(seconds=3))
+
+
 @distributed(2)
 def test_a_rank_that_falls_silent_is_named_after_the_timeout() -> None:
-    state = ParallelState.create(Topology(2, pipeline=2), timeout=timedelta(seconds=1))
+    state = impatient_state()
     # Both ranks make the runtime, one of them does not run it.
     schedule, spec = one_f_one_b(2, 1), TensorSpec((4,), torch.float32)
     runtime = PipelineRuntime([Scale()], schedule, state, lambda *_: (torch.ones(4), {}), spec)
@@ -99,4 +104,16 @@ def test_a_rank_that_falls_silent_is_named_after_the_timeout() -> None:
         words = "rank 1, stage 1, waits to receive the activation of micro-batch 0 from rank 0: "
         with pytest.raises(PipelineError, match=words):
             runtime.run([None])
+    dist.barrier()
+
+
+@distributed(2)
+def test_a_rank_that_does_not_come_is_named_when_the_pipeline_is_made() -> None:
+    state = impatient_state()
+    if state.rank == 1:
+        spec = TensorSpec((4,), torch.float32)
+        with pytest.raises(PipelineError, match="rank 1 waits to connect to rank 0: "):
+            PipelineRuntime(
+                [Scale()], one_f_one_b(2, 1), state, lambda *_: (torch.ones(4), {}), spec
+            )
     dist.barrier()

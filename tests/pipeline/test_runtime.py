@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -170,8 +172,22 @@ def test_two_pipelines_beside_each_other_equal_one_process() -> None:
 @distributed(2)
 def test_several_chunks_per_rank_equal_one_process() -> None:
     state = ParallelState.create(Topology(2, pipeline=2))
+    # Such stages also pass activations from rank 1 back to rank 0.
+    forward, backward = dist.new_group([0, 1]), dist.new_group([0, 1])
+    both_ways = replace(
+        state,
+        forward_edges={**state.forward_edges, (1, 0): forward},
+        backward_edges={**state.backward_edges, (0, 1): backward},
+    )
     for schedule in (INTERLEAVED, V_SHAPED):
-        check_training(schedule, state)
+        check_training(schedule, both_ways)
+
+
+@distributed(2)
+def test_a_schedule_over_an_edge_without_communicator_is_refused() -> None:
+    state = replace(ParallelState.create(Topology(2, pipeline=2)), backward_edges={})
+    with pytest.raises(ValueError, match="the schedule sends gradients from rank 1 to rank 0, for"):
+        Rank(gpipe(2, 1), state)
 
 
 @pytest.mark.parametrize(
