@@ -1,0 +1,63 @@
+"""Finds tokens that no embedding has a row for before a run trips over them.
+
+The smallest and the largest token of a dataset are looked up once and kept beside the index files,
+so that only the first run reads the whole .bin.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from megatron.data.files import built_once
+from megatron.data.indexed_dataset import CHUNK_BYTES, IndexedDataset, bin_path
+from megatron.data.progress import Progress
+from megatron.errors import DataError
+
+
+def check_tokens(dataset: IndexedDataset, vocab_size: int, cache_dir: Path) -> None:
+    """Raise DataError naming file, position and id of the first token outside the vocabulary."""
+    path = bin_path(dataset.prefix)
+    if dataset.dtype.kind not in "iu":
+        raise DataError(f"{path}: tokens are {dataset.dtype}, expected whole numbers")
+    # The tokens may change under the same .idx, as they do when the tokenizer is trained anew.
+    state = f"{dataset.fingerprint} {path.stat().st_size} {path.stat().st_mtime_ns}"
+    name = hashlib.sha256(state.encode()).hexdigest()[:16]
+    cached = cache_dir / f"{path.stem}_tokens_{name}.json"
+    built_once(cached, lambda file: _write_range(dataset, file))
+    try:
+        least, most = json.loads(cached.read_bytes())
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{cached}: damaged, delete it to have it made anew") from error
+    if least < 0 or most >= vocab_size:
+        position, token = _first_outside(dataset, vocab_size)
+        raise DataError(
+            f"{path}: token {position} (byte {position * dataset.dtype.itemsize}) is {token}, "
+            f"outside the vocabulary of {vocab_size} tokens"
+        )
+
+
+def _write_range(dataset: IndexedDataset, file: BinaryIO) -> None:
+    tokens = dataset.tokens
+    least, most = 0, 0
+    progress = Progress(f"checking {bin_path(dataset.prefix)}", "tokens", total=len(tokens))
+    for start in range(0, len(tokens), CHUNK_BYTES):
+        chunk = tokens[start : start + CHUNK_BYTES]
+        least = min(least, int(chunk.min()))
+        most = max(most, int(chunk.max()))
+        progress.advance(start + len(chunk))
+    progress.close()
+    file.write(json.dumps([least, most]).encode())
+
+
+def _first_outside(dataset: IndexedDataset, vocab_size: int) -> tuple[int, int]:
+    tokens = dataset.tokens
+    for start in range(0, len(tokens), CHUNK_BYTES):
+        chunk = tokens[start : start + CHUNK_BYTES]
+        outside = np.flatnonzero((chunk < 0) | (chunk >= vocab_size))
+        if len(outside):
+            position = start + int(outside[0])
+            return position, int(tokens[position])
+    raise AssertionError("the cached range of tokens is not that of the dataset")
