@@ -74,18 +74,16 @@ def draw(
     import matplotlib.pyplot as plt
 
     keys = parts(runs)
-    style = {"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}
-    with plt.rc_context(style):
-        widths = [3, *[2] * (len(keys) - 1)]
-        size = (3.2 + 1.9 * sum(widths) - 1.9 * (len(keys) == 1), 4.4)
-        figure, panels = plt.subplots(
-            1, len(keys), figsize=size, width_ratios=widths, squeeze=False, layout="constrained"
-        )
-        for panel, key in zip(panels[0], keys, strict=True):
-            _draw_panel(panel, key, runs, smoothing, baselines.get(key))
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(output, dpi=160)
-        plt.close(figure)
+    widths = [3, *[2] * (len(keys) - 1)]
+    width = 7.0 if len(keys) == 1 else 3.2 + 1.9 * sum(widths)
+    figure, panels = plt.subplots(
+        1, len(keys), figsize=(width, 4.4), width_ratios=widths, squeeze=False, layout="constrained"
+    )
+    for panel, key in zip(panels[0], keys, strict=True):
+        _draw_panel(panel, key, runs, smoothing, baselines.get(key))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=160)
+    plt.close(figure)
 
 
 def _draw_panel(
@@ -101,8 +99,8 @@ def _draw_panel(
         panel.plot(iterations, mean, color=color, linewidth=2, label=f"{name}training")
         iterations, values = run.curve(f"validation_{key}")
         if values:
-            ring = {"mfc": "white", "mec": color, "mew": 1.6, "ms": 6, "zorder": 3}
-            panel.plot(iterations, values, "o", **ring, label=f"{name}validation")
+            label = f"{name}validation"
+            panel.plot(iterations, values, "o", mfc="white", mec=color, mew=1.6, label=label)
     if baseline is not None:
         label = f"baseline {baseline:.2f}"
         panel.axhline(baseline, color="#5b6770", linestyle="--", linewidth=1.4, label=label)
@@ -111,6 +109,7 @@ def _draw_panel(
     panel.set_ylabel("nats" if key != "loss" else "loss")
     panel.grid(axis="y", color="#d9dde1", linewidth=0.8)
     panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
     panel.margins(x=0.02)
     panel.legend(frameon=False)
 

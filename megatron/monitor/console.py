@@ -18,7 +18,9 @@ _FORMATS: dict[str, Callable[[float], str]] = {
     "learning_rate": lambda x: f"lr {x:.3e}",
     "loss_scale": lambda x: f"loss scale {x:g}",
     "tokens_per_second": lambda x: f"{x:,.0f} tokens/s",
-    "model_tflops_per_second": lambda x: f"{x:.3g} TFLOP/s",
+    "model_tflops_per_second": lambda x: (
+        f"{x:,.1f} TFLOP/s" if x >= 1 else f"{x * 1000:.1f} GFLOP/s"
+    ),
     "iteration_seconds": lambda x: f"{x * 1000:,.1f} ms",
     "skipped": lambda x: f"skipped {x:.0f}",
     "consumed_samples": lambda x: f"{x:,.0f} samples",

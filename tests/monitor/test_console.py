@@ -19,12 +19,13 @@ def test_a_line_names_every_quantity_that_matters() -> None:
         "learning_rate": 1e-3,
         "loss_scale": 1.0,
         "tokens_per_second": 12345.6,
+        "model_tflops_per_second": 0.0317,
         "iteration_seconds": 0.25,
         "skipped": 0,
     }
     assert console_line(record, 1000) == (
         "iteration   20/1000 | loss 7.2500 | lm loss 6.5000 | grad norm 1.500 | lr 1.000e-03 | "
-        "12,346 tokens/s | 250.0 ms"
+        "12,346 tokens/s | 31.7 GFLOP/s | 250.0 ms"
     )
 
 

@@ -1,0 +1,83 @@
+"""BERT's pretraining: masked tokens and sentence pairs (arXiv 1810.04805)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from megatron.config import Config
+from megatron.data import build_bert_datasets
+from megatron.model import bert_loss_sums, build_bert, parameter_dtype
+from megatron.mpu import ParallelState, Stage
+from megatron.pipeline.p2p import TensorSpec
+from megatron.tokenizer import build_tokenizer
+from megatron.training.flops import bert_flops_per_sample
+from megatron.training.task import Batch, Datasets, Parts, SampleCounts, StageModel
+
+
+class BertPretraining:
+    """The task of `pretrain_bert.py`; see `megatron.training.task.Task`."""
+
+    def __init__(self, config: Config) -> None:
+        pairs = () if config.model.bert_no_binary_head else ("nsp_loss",)
+        self.loss_parts: tuple[str, ...] = ("lm_loss", *pairs)
+        self.tokenizer = build_tokenizer(config.data)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens, without padding."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def tokenizer_files(self) -> Sequence[Path]:
+        """The vocabulary."""
+        return self.tokenizer.files
+
+    def datasets(
+        self, config: Config, counts: SampleCounts, say: Callable[[str], None]
+    ) -> Datasets:
+        """Masked sentence pairs from the dataset of --data-path."""
+        wanted = (counts.train, counts.validation, counts.test)
+        return Datasets(*build_bert_datasets(config, self.tokenizer, wanted, report=say))
+
+    def build_model(self, config: Config, state: ParallelState, stage: Stage) -> StageModel:
+        """The part of BERT that a stage holds."""
+        return build_bert(config, state, stage)
+
+    def activation(self, config: Config) -> TensorSpec:
+        """Hidden states [s, b, h]."""
+        shape = (config.data.seq_length, config.train.micro_batch_size, config.model.hidden_size)
+        return TensorSpec(shape, parameter_dtype(config))
+
+    def denominators(self, batch: Batch) -> Tensor:
+        """Masked tokens and, with a binary head, sentence pairs: float64 [parts]."""
+        masked = batch["masked_weights"].sum(dtype=torch.float64)
+        pairs = masked.new_tensor(len(batch["is_random"]))
+        return torch.stack([masked, pairs])[: len(self.loss_parts)]
+
+    def forward_step(self, chunk: nn.Module, batch: Batch, totals: Tensor) -> tuple[Tensor, Parts]:
+        """Hidden states, or the sum of the masked-token and the next-sentence loss."""
+        output = chunk(
+            batch["input_ids"],
+            batch["attention_mask"],
+            batch["tokentype_ids"],
+            lm_labels=batch["masked_labels"],
+            masked_positions=batch["masked_positions"],
+        )
+        if isinstance(output, Tensor):
+            return output, {}
+        lm_loss, binary_logits = output
+        sums = bert_loss_sums(lm_loss, binary_logits, batch["masked_weights"], batch["is_random"])
+        parts = {
+            name: value / total for (name, value), total in zip(sums.items(), totals, strict=True)
+        }
+        loss = torch.stack(list(parts.values())).sum()
+        return loss, {name: value.detach() for name, value in parts.items()}
+
+    def flops_per_sample(self, config: Config) -> float:
+        """Operations of training on one sequence, with the average number of masked tokens."""
+        s = config.data.seq_length
+        return bert_flops_per_sample(config.model, s, config.data.mask_prob * s)

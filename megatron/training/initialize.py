@@ -1,0 +1,88 @@
+"""From a fresh process to its place among the ranks: device, process groups, seeds."""
+
+from __future__ import annotations
+
+import os
+import random
+from datetime import timedelta
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from megatron.config import Config
+from megatron.errors import ConfigError
+from megatron.mpu import ParallelState, Topology, install
+
+
+def world_size() -> int:
+    """The number of ranks that the launcher started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def own_rank() -> int:
+    """This process's rank; 0 without a launcher."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def choose_device(config: Config) -> torch.device:
+    """This rank's device: the accelerator of its local number, or the CPU.
+
+    Raises ConfigError where the backend does not fit the device.
+    """
+    backend = config.parallel.distributed_backend
+    if config.parallel.use_cpu or not torch.accelerator.is_available():
+        if backend == "nccl":
+            raise ConfigError("--distributed-backend nccl needs a GPU; leave it out on a CPU")
+        return torch.device("cpu")
+    if backend == "gloo":
+        raise ConfigError("--distributed-backend gloo runs on the CPU: add --use-cpu")
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.accelerator.device_count():
+        raise ConfigError(
+            f"{torch.accelerator.device_count()} {accelerator.type} devices are here, "
+            f"and torchrun started a rank {local_rank} for one more: lower --nproc-per-node"
+        )
+    return torch.device(accelerator.type, local_rank)
+
+
+def initialize(config: Config) -> ParallelState:
+    """Joins the ranks that torchrun started, by its environment variables, or is the only rank.
+
+    Without torchrun there is no process group at all.
+    """
+    device = choose_device(config)
+    if device.type != "cpu":
+        torch.accelerator.set_device_index(device.index)
+    parallel, world = config.parallel, world_size()
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    if world > 1 and not dist.is_initialized():
+        on_device = None if device.type == "cpu" else device
+        backend = parallel.distributed_backend or dist.get_default_backend_for_device(device)
+        dist.init_process_group(backend, timeout=timeout, device_id=on_device)
+    topology = Topology(
+        world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    )
+    state = install(ParallelState.create(topology, device=device, timeout=timeout))
+    _seed_everything(config.train.seed)
+    return state
+
+
+def _seed_everything(seed: int) -> None:
+    """Seeds the global generators.
+
+    Training itself draws from streams that are functions of the seed and the step; this is for
+    code that a user may add.
+    """
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def finalize(state: ParallelState) -> None:
+    """Leaves the process groups."""
+    if dist.is_initialized():
+        state.destroy()
+        dist.destroy_process_group()

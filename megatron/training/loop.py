@@ -1,0 +1,166 @@
+"""Pretraining from a configuration to trained weights.
+
+1. Take this process's place among the ranks.
+2. Open the data; the model is built for its vocabulary.
+3. Continue from a checkpoint, if there is one to continue from.
+4. Step by step: train, report, validate, save.
+5. Save what is trained and test it.
+
+Batches, random numbers and learning rate are functions of how far the run has come, and everything
+else is in the checkpoint. A run that is killed and started again by the same command therefore
+ends with the very weights of a run that was not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron.config import Config
+from megatron.data import split_documents
+from megatron.data.loader import SampleDataset
+from megatron.errors import ConfigError
+from megatron.mpu import ParallelState
+from megatron.training import checkpoints
+from megatron.training.batches import evaluation_batches, training_batches
+from megatron.training.initialize import finalize, initialize, own_rank, world_size
+from megatron.training.one_voice import one_voice
+from megatron.training.reports import Reporter
+from megatron.training.stopping import Stopping
+from megatron.training.task import Datasets, SampleCounts, Task
+from megatron.training.trainer import Step, Trainer
+
+Hook = Callable[[Step], None]
+
+
+def pretrain(config: Config, make_task: Callable[[Config], Task]) -> None:
+    """Trains as `config` says, on every rank that torchrun started or on one alone.
+
+    Raises:
+        UserError: the configuration, the data or the checkpoint is not fit for it.
+    """
+    with one_voice(own_rank(), world_size()):
+        task = make_task(config)
+        config = with_vocabulary(config, task.vocab_size)
+        state = initialize(config)
+        _run(config, task, state)
+        finalize(state)
+
+
+def with_vocabulary(config: Config, vocab_size: int) -> Config:
+    """`config` with the tokenizer's number of tokens, unless a larger one is stated."""
+    stated = config.model.vocab_size
+    if stated is None:
+        return config.with_vocab_size(vocab_size)
+    if stated < vocab_size:
+        raise ConfigError(f"--vocab-size {stated} is less than the tokenizer's {vocab_size}")
+    return config
+
+
+def sample_counts(config: Config, data_parallel_size: int) -> SampleCounts:
+    """The samples that the run takes from each split; none of one whose share in --split is 0."""
+    train = config.train
+    global_batch = train.global_batch(data_parallel_size)
+    trained = train.train_samples
+    if trained is None:
+        trained = (train.train_iters or 0) * global_batch
+    # So many documents that every share above 0 gets some.
+    _, validation, test = split_documents(config.data.split, 1 << 40)
+    evaluated = train.eval_iters * global_batch
+    return SampleCounts(trained, evaluated if validation else 0, evaluated if test else 0)
+
+
+def _run(config: Config, task: Task, state: ParallelState) -> None:
+    say = print if state.rank == 0 else _say_nothing
+    datasets = task.datasets(config, sample_counts(config, state.data.size), say)
+    trainer = Trainer(config, task, state)
+    resumed = checkpoints.resume(trainer)
+    reporter = Reporter(trainer)
+    _greet(trainer, reporter, resumed)
+    reason = _train(trainer, datasets, reporter)
+    if reason is not None:
+        reporter.say(f"ending after iteration {trainer.iteration}: {reason}")
+    else:
+        _evaluate(trainer, datasets.test, reporter, "test")
+    reporter.close()
+
+
+def _train(trainer: Trainer, datasets: Datasets, reporter: Reporter) -> str | None:
+    """Trains to the end of the run, or to where it is stopped: the reason, None at the end."""
+    train = trainer.config.train
+    saver = _Saver(trainer, reporter)
+    hooks: list[Hook] = [
+        reporter,
+        every(
+            train.eval_interval,
+            lambda: _evaluate(trainer, datasets.validation, reporter, "validation"),
+        ),
+        every(train.save_interval, saver.save),
+    ]
+    stopping = Stopping(train, trainer.state)
+    reason = None
+    for step in trainer.steps(training_batches(trainer, datasets.train)):
+        for hook in hooks:
+            hook(step)
+        if reason := stopping(step.iteration):
+            break
+    saver.save()
+    return reason
+
+
+class _Saver:
+    """Saves the run where --save says, each state of it once."""
+
+    def __init__(self, trainer: Trainer, reporter: Reporter) -> None:
+        self._trainer = trainer
+        self._reporter = reporter
+        self._directory = trainer.config.train.save
+        self._saved = trainer.iteration  # there is nothing new in the state that a run starts from
+
+    def save(self) -> None:
+        if self._directory is None or self._saved == self._trainer.iteration:
+            return
+        with self._reporter.pause():
+            checkpoints.save(self._trainer, Path(self._directory))
+        self._saved = self._trainer.iteration
+        self._reporter.say(f"saved iteration {self._saved} in {self._directory}")
+
+
+def _say_nothing(line: str) -> None:
+    """Takes the lines of all ranks but one."""
+
+
+def every(interval: int | None, action: Callable[[], None]) -> Hook:
+    """A hook that acts at the iterations divisible by `interval`; never where that is None."""
+
+    def hook(step: Step) -> None:
+        if interval is not None and step.iteration % interval == 0:
+            action()
+
+    return hook
+
+
+def _evaluate(
+    trainer: Trainer, dataset: SampleDataset | None, reporter: Reporter, split: str
+) -> None:
+    if dataset is not None:
+        with reporter.pause():
+            means = trainer.evaluate(evaluation_batches(trainer, dataset))
+        reporter.evaluation(split, means)
+
+
+def _greet(trainer: Trainer, reporter: Reporter, resumed: bool) -> None:
+    """Says what is about to be trained, on what, and from where."""
+    config, topology = trainer.config, trainer.state.topology
+    parameters = trainer.optimizer.parameter_count()
+    reporter.say(
+        f"{parameters:,} parameters in {config.model.dtype} on {trainer.state.device.type}, "
+        f"{config.model.vocab_size:,} tokens in the vocabulary"
+    )
+    reporter.say(
+        f"{topology.world_size} ranks: tensor {topology.tensor} x pipeline {topology.pipeline} "
+        f"x data {topology.data}; {trainer.num_micro_batches} micro-batches of "
+        f"{config.train.micro_batch_size} sequences of {config.data.seq_length} tokens"
+    )
+    if resumed:
+        reporter.say(f"continuing after iteration {trainer.iteration} from {config.train.load}")

@@ -1,0 +1,30 @@
+"""Pretrains BERT: masked tokens and sentence pairs.
+
+    python pretrain_bert.py --help
+
+    torchrun --nproc-per-node 4 pretrain_bert.py \
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 \
+        --num-layers 4 --hidden-size 128 --num-attention-heads 4 \
+        --seq-length 128 --max-position-embeddings 128 \
+        --micro-batch-size 16 --train-iters 1000 --lr 1e-3 \
+        --data-path corpus_text_sentence --vocab-file vocab.txt
+"""
+
+from megatron.arguments import parse_config
+from megatron.errors import run_command
+from megatron.training import BertPretraining, pretrain
+
+
+def main() -> None:
+    """From the command line to trained weights."""
+    config = parse_config(
+        prog="pretrain_bert.py",
+        description="Pretrain BERT on masked tokens and sentence pairs.",
+        defaults={"tokenizer_type": "BertWordPieceLowerCase"},
+        required=("data_path", "vocab_file"),
+    )
+    pretrain(config, BertPretraining)
+
+
+if __name__ == "__main__":
+    run_command(main)
