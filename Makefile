@@ -1,0 +1,48 @@
+# The active Python is used as it is where it holds all packages; otherwise `.venv` is made and
+# filled once. `make VENV=DIR ...` makes or uses the environment in DIR whatever is active.
+
+PACKAGES := hypothesis matplotlib mypy numpy pre_commit pybind11 pytest rich ruff safetensors \
+	tensorboard tokenizers torch transformers yaml
+LINT = $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy
+
+ifndef VENV
+ACTIVE := $(shell python3 -c "import importlib.util as u, sys; \
+	all(map(u.find_spec, '$(PACKAGES)'.split())) and print(sys.executable)" 2>/dev/null)
+VENV := .venv
+endif
+
+ifdef ACTIVE
+PYTHON := $(ACTIVE)
+else
+PYTHON := $(VENV)/bin/python
+INSTALLED := $(VENV)/installed
+endif
+
+.PHONY: help install quickstart test lint format
+
+help:
+	@echo "make quickstart   train a small BERT on this machine and export it"
+	@echo "make test         run the tests"
+	@echo "make lint         check style, format and types"
+	@echo "make format       put the files into their format"
+	@echo "make install      only make the environment that the others use"
+
+install: $(INSTALLED)
+
+quickstart: $(INSTALLED)
+	@$(PYTHON) examples/quickstart.py
+
+test: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q
+
+lint: $(INSTALLED)
+	@$(LINT)
+
+format: $(INSTALLED)
+	@$(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format .
+
+$(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/data/*.cpp)
+	@test -x $(VENV)/bin/python || python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[dev,hf,plots,progress,tensorboard]'
+	@touch $@
