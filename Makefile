@@ -42,7 +42,8 @@ format: $(INSTALLED)
 	@$(PYTHON) -m ruff check --fix . && $(PYTHON) -m ruff format .
 
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/data/*.cpp)
+	@echo "Installing into $(VENV): this takes a minute or two, once."
 	@test -x $(VENV)/bin/python || python3 -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
 		-e '.[dev,hf,plots,progress,tensorboard]'
 	@touch $@
