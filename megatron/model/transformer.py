@@ -129,6 +129,9 @@ class ParallelAttention(nn.Module):
             init_method=init,
             dtype=dtype,
         )
+        bias = self.query_key_value.bias
+        assert bias is not None
+        bias.register_hook(self._without_key_part)
         self.dense = RowParallelLinear(
             projection,
             h,
@@ -137,6 +140,16 @@ class ParallelAttention(nn.Module):
             init_method=scaled_init,
             dtype=dtype,
         )
+
+    def _without_key_part(self, bias_gradient: torch.Tensor) -> torch.Tensor:
+        """The gradient of the bias [3 n d / t] with that of the keys' bias set to zero.
+
+        It adds the same number to all scores of a query, and the softmax does not see that: the
+        gradient is zero but for rounding, from which Adam would make full steps at random.
+        """
+        gradient = bias_gradient.clone()
+        gradient.view(-1, 3, self.head_size)[:, 1] = 0.0
+        return gradient
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         """[s, b, h], mask bool [b, 1, 1 or s, s] -> [s, b, h]"""

@@ -49,9 +49,8 @@ class ParallelState:
     ``embedding`` and ``position_embedding`` are None on ranks that hold no such parameter.
 
     ``forward_edges`` and ``backward_edges`` hold, for every pipeline edge that touches this rank,
-    keyed by (sender, receiver), the communicator of its direction. Two neighbours never send to
-    each other over the same one, and messages over an edge stay in order, so that no pair of
-    ranks can wait for each other crosswise.
+    keyed by (sender, receiver), a communicator of its own. All that passes over it passes in one
+    direction and stays in order, so that no pair of ranks can wait for each other crosswise.
     """
 
     topology: Topology
@@ -131,8 +130,8 @@ class ParallelState:
             pipeline=maker.axis(pipelines),
             data=maker.axis(topology.data_groups()),
             model=maker.axis(topology.model_groups()),
-            forward_edges=maker.edges(pipelines, step=1),
-            backward_edges=maker.edges(pipelines, step=-1),
+            forward_edges=maker.edges(pipelines, forward=True),
+            backward_edges=maker.edges(pipelines, forward=False),
             # Last, see partial_axis.
             embedding=maker.partial_axis(topology.embedding_groups()),
             position_embedding=maker.partial_axis(topology.position_embedding_groups()),
@@ -176,26 +175,38 @@ class _GroupMaker:
                 found = Axis(ranks, ranks.index(self.rank), group)
         return found
 
-    def edges(self, pipelines: Groups, step: int) -> Mapping[Edge, dist.ProcessGroup]:
-        """The edges of this rank's pipeline in one direction, on a communicator of their own."""
+    def edges(self, pipelines: Groups, *, forward: bool) -> Mapping[Edge, dist.ProcessGroup]:
+        """The edges of this rank's pipeline in one direction, each on a communicator of its own.
+
+        They are made in three rounds, edges that begin at an even place, at an odd one, and the
+        edge that closes the ring, which virtual stages use. No rank has two edges in a round, and
+        one that has none makes a group of itself, so that all have made equally many.
+        """
         mine = next(ranks for ranks in pipelines if self.rank in ranks)
-        group = self._group(mine)
-        if group is None:
+        if len(mine) == 1:
             return MappingProxyType({})
-        ordered = mine[::step]
-        pairs = pairwise(ordered)
-        return MappingProxyType({pair: group for pair in pairs if self.rank in pair})
+        open_edges = tuple(pairwise(mine))
+        made = {}
+        for edges in (open_edges[::2], open_edges[1::2], ((mine[-1], mine[0]),)):
+            pair = next((pair for pair in edges if self.rank in pair), (self.rank,))
+            group = self._new_group(pair)
+            if len(pair) == 2:
+                made[pair if forward else (pair[1], pair[0])] = group
+        return MappingProxyType(made)
 
     def _group(
         self, ranks: tuple[int, ...], members_alone: bool = True
     ) -> dist.ProcessGroup | None:
-        if len(ranks) == 1:
-            return None
+        return None if len(ranks) == 1 else self._new_group(ranks, members_alone)
+
+    def _new_group(self, ranks: tuple[int, ...], members_alone: bool = True) -> dist.ProcessGroup:
         # Where only members take part, the number of groups that a rank helps to make stays
         # constant however large the world is.
-        return dist.new_group(
+        group = dist.new_group(
             sorted(ranks),
             backend=self.backend,
             timeout=self.timeout,
             use_local_synchronization=members_alone,
         )
+        assert group is not None
+        return group
