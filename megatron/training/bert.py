@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from megatron.data import build_bert_datasets
 from megatron.model import bert_loss_sums, build_bert, parameter_dtype
 from megatron.mpu import ParallelState, Stage
 from megatron.pipeline.p2p import TensorSpec
-from megatron.tokenizer import build_tokenizer
+from megatron.tokenizer import Tokenizer, build_tokenizer
 from megatron.training.flops import bert_flops_per_sample
 from megatron.training.task import Batch, Datasets, Parts, SampleCounts, StageModel
 
@@ -24,7 +25,12 @@ class BertPretraining:
     def __init__(self, config: Config) -> None:
         pairs = () if config.model.bert_no_binary_head else ("nsp_loss",)
         self.loss_parts: tuple[str, ...] = ("lm_loss", *pairs)
-        self.tokenizer = build_tokenizer(config.data)
+        self._data = config.data
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of --vocab-file, opened when it is first asked for."""
+        return build_tokenizer(self._data)
 
     @property
     def vocab_size(self) -> int:
