@@ -9,28 +9,21 @@ The weights pass through memory one tensor at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
-from tokenizers import BertWordPieceTokenizer
 
 from megatron.checkpoint.hf_megatron_bert import entries, hugging_face_config, to_hugging_face
 from megatron.checkpoint.reader import Checkpoint
 from megatron.checkpoint.safetensors_writer import TensorPlan, write_safetensors
 from megatron.errors import CheckpointError
+from megatron.tokenizer import Tokenizer, load_tokenizer
 
-_SPECIAL_TOKENS = {
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
-}
-_WORD_PIECE = {"BertWordPieceLowerCase": True, "BertWordPieceCase": False}
+# What MegatronBert takes where nothing is known of a tokenizer.
+_USUAL_PAD_TOKEN = 0
 
 
 def export_bert(
@@ -49,15 +42,15 @@ def export_bert(
     """
     model = checkpoint.config.model
     plans = _plans(checkpoint)
-    vocabulary = _vocabulary(checkpoint)
-    config = hugging_face_config(
-        model, pad_token_id=_pad_token_id(vocabulary), dtype=plans[0].dtype
-    )
+    tokenizer = _tokenizer(checkpoint)
+    pad = _USUAL_PAD_TOKEN if tokenizer is None else tokenizer.pad
+    config = hugging_face_config(model, pad_token_id=pad, dtype=plans[0].dtype)
     tensors = to_hugging_face(model, checkpoint.stored.read)
     write_safetensors(directory, plans, _counted(tensors, on_bytes), max_bytes=max_bytes)
-    _write_json(directory / "config.json", config)
-    if vocabulary is not None:
-        _write_tokenizer(checkpoint, vocabulary, directory)
+    text = json.dumps(config, indent=2) + "\n"
+    (directory / "config.json").write_text(text, encoding="utf-8")
+    if tokenizer is not None:
+        tokenizer.save(directory)
 
 
 def _plans(checkpoint: Checkpoint) -> list[TensorPlan]:
@@ -89,38 +82,14 @@ def _counted(
         on_bytes(count)
 
 
-def _vocabulary(checkpoint: Checkpoint) -> Path | None:
-    """The WordPiece vocabulary that came with the checkpoint, if one did."""
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
+    """The tokenizer whose vocabulary came with the checkpoint, if one did."""
     data = checkpoint.config.data
-    if data.vocab_file is None or data.tokenizer_type not in _WORD_PIECE:
+    carried = {file.name: str(file) for file in checkpoint.tokenizer_files}
+    if data.vocab_file is None or Path(data.vocab_file).name not in carried:
         return None
-    name = Path(data.vocab_file).name
-    return next((file for file in checkpoint.tokenizer_files if file.name == name), None)
-
-
-def _pad_token_id(vocabulary: Path | None) -> int:
-    if vocabulary is None:
-        return 0
-    tokens = vocabulary.read_text(encoding="utf-8").split("\n")
-    pad = _SPECIAL_TOKENS["pad_token"]
-    if pad not in tokens:
-        raise CheckpointError(f"{vocabulary} has no {pad}")
-    return tokens.index(pad)
-
-
-def _write_tokenizer(checkpoint: Checkpoint, vocabulary: Path, directory: Path) -> None:
-    lower_case = _WORD_PIECE[checkpoint.config.data.tokenizer_type or ""]
-    shutil.copyfile(vocabulary, directory / "vocab.txt")
-    tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=lower_case)
-    tokenizer.save(str(directory / "tokenizer.json"))
-    settings: dict[str, Any] = {
-        "tokenizer_class": "BertTokenizer",
-        "do_lower_case": lower_case,
-        "model_max_length": checkpoint.config.model.max_position_embeddings,
-        **_SPECIAL_TOKENS,
-    }
-    _write_json(directory / "tokenizer_config.json", settings)
-
-
-def _write_json(path: Path, document: dict[str, Any]) -> None:
-    path.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    vocab_file = carried[Path(data.vocab_file).name]
+    merge_file = data.merge_file and carried.get(Path(data.merge_file).name)
+    tokenizer = load_tokenizer(data.tokenizer_type, vocab_file, merge_file)
+    longest = {"model_max_length": checkpoint.config.model.max_position_embeddings}
+    return dataclasses.replace(tokenizer, settings={**tokenizer.settings, **longest})
