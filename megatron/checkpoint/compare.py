@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 
-from megatron.checkpoint.reader import Checkpoint, is_optimizer, is_weight
+from megatron.checkpoint.reader import Checkpoint, is_weight
 from megatron.config import ModelConfig
 
 Shape = tuple[int, ...]
@@ -58,10 +58,14 @@ def _tensors(
     checkpoint: Checkpoint, wanted: Mapping[str, Shape], weights: Collection[str]
 ) -> Iterator[str]:
     stored = checkpoint.stored.shapes
-    if any(map(is_optimizer, wanted)) and not any(map(is_optimizer, stored)):
-        yield " holds no optimizer state; --no-load-optim starts with a new one"
-        wanted = {key: shape for key, shape in wanted.items() if is_weight(key)}
-    yield from _sum_up([f"{key} is missing" for key in wanted if key not in stored])
+    missing = [key for key in wanted if key not in stored]
+    yield from _sum_up([f"{key} is missing" for key in missing if is_weight(key)])
+    states = [key for key in missing if not is_weight(key)]
+    if states:
+        yield (
+            f" lacks {len(states)} tensors of the optimizer's state, such as {states[0]}; "
+            "--no-load-optim starts with a new one"
+        )
     yield from _sum_up(
         [
             f"{key} is {stored[key]} there and {shape} here"

@@ -94,10 +94,11 @@ def _read_run_state(path: Path) -> dict[str, Any]:
         saved = json.loads(_read_text(path))
     except ValueError as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
-        raise CheckpointError(f"{path} is damaged: it holds no run state")
-    if saved.get("format") != FORMAT or not isinstance(saved.get("iteration"), int):
-        raise CheckpointError(f"{path}: found format {saved.get('format')!r}, expected {FORMAT}")
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        found = saved.get("format") if isinstance(saved, dict) else None
+        raise CheckpointError(f"{path}: found format {found}, expected {FORMAT}")
+    if not isinstance(saved.get("iteration"), int) or not isinstance(saved.get("state"), dict):
+        raise CheckpointError(f"{path} is damaged: it holds no iteration and state")
     return saved
 
 

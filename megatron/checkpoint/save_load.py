@@ -29,6 +29,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from megatron.checkpoint import random_states
 from megatron.checkpoint.compare import differences
@@ -72,11 +75,9 @@ def save_checkpoint(
     Raises:
         CheckpointError: it could not be written; what was there before is still there.
     """
-    named = {} if config.train.no_save_rng else _random_tensors(state)
-    for key, tensor, spec in tensors:
-        if not (config.train.no_save_optim and is_optimizer(key)):
-            assert key not in named, f"two tensors are named {key}"
-            named[key] = GlobalTensor.of(tensor, spec, state.tensor.rank, state.tensor.size)
+    named = _global_tensors(tensors, state, with_optimizer=not config.train.no_save_optim)
+    if not config.train.no_save_rng:
+        named |= _random_tensors(state)
     aside = aside_path(directory, iteration)
     try:
         _on_first(lambda: begin(directory, iteration), state)
@@ -117,11 +118,8 @@ def load_checkpoint(
         CheckpointError: it is missing, damaged, or of another model; a line for each problem.
     """
     train = config.train
-    wanted = {
-        key: GlobalTensor.of(tensor, spec, state.tensor.rank, state.tensor.size)
-        for key, tensor, spec in tensors
-        if is_weight(key) or not (train.finetune or train.no_load_optim)
-    }
+    with_optimizer = not (train.finetune or train.no_load_optim)
+    wanted = _global_tensors(tensors, state, with_optimizer=with_optimizer)
     checkpoint = _together(lambda: Checkpoint.open(directory), state)
     own = [key for key in wanted if is_weight(key)]
     weights = set(chain.from_iterable(_gather(own, state.model.size, state.model.group)))
@@ -130,15 +128,35 @@ def load_checkpoint(
     if train.finetune:
         return {}
     if not train.no_load_rng:
-        _restore_random(checkpoint.stored, state)
+        _together(lambda: _restore_random(checkpoint.stored, state), state)
     return checkpoint.run_state
 
 
+def _global_tensors(
+    tensors: Iterable[NamedTensor], state: ParallelState, *, with_optimizer: bool
+) -> dict[str, GlobalTensor]:
+    named: dict[str, GlobalTensor] = {}
+    for key, tensor, spec in tensors:
+        if with_optimizer or not is_optimizer(key):
+            assert key not in named, f"two tensors of this rank are named {key}"
+            named[key] = GlobalTensor.of(tensor, spec, state.tensor.rank, state.tensor.size)
+    return named
+
+
 class _Writer(dcp.FileSystemWriter):
-    """DCP's writer, leaving out the note of where a checkpoint was once written."""
+    """DCP's writer, without the note of where a checkpoint was once written."""
 
     def storage_meta(self) -> StorageMeta | None:
         return None
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            # torch.save calls a full disk an unexpected position; what happened is said below it.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 def _write_tensors(named: Mapping[str, GlobalTensor], path: Path, state: ParallelState) -> None:
@@ -155,7 +173,7 @@ def _write_tensors(named: Mapping[str, GlobalTensor], path: Path, state: Paralle
             )
     except CheckpointException as error:
         raise CheckpointError(
-            f"rank {rank} cannot write {path}: {cause}"
+            f"rank {rank} cannot write {path}: {getattr(cause, 'strerror', None) or cause}"
             for rank, (cause, _) in error.failures.items()
         ) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -156,7 +157,7 @@ def test_finetuning_starts_a_new_run(tmp_path: Path) -> None:
 def test_a_checkpoint_without_optimizer_serves_those_that_ask_for_none(tmp_path: Path) -> None:
     save_single(tmp_path, make_config(train={"no_save_optim": True}))
     load_single(tmp_path, make_config(train={"no_load_optim": True}))
-    with pytest.raises(CheckpointError, match="holds no optimizer state.*--no-load-optim"):
+    with pytest.raises(CheckpointError, match="lacks 9 tensors of the optimizer.*--no-load-optim"):
         load_single(tmp_path)
 
 
@@ -273,14 +274,15 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
     run_state = tmp_path / "iter_0000003" / "run_state.json"
     for text, problem in (
         ("{", "damaged"),
-        ("[]", "no run state"),
+        ("[]", "found format None, expected 1"),
+        (json.dumps({"state": 1, "format": 1, "iteration": 1}), "damaged: it holds no iter"),
         (json.dumps({"state": {}, "format": 9, "iteration": 1}), "found format 9, expected 1"),
     ):
         run_state.write_text(text)
         with pytest.raises(CheckpointError, match=f"run_state.json.*{problem}"):
             load_single(tmp_path)
     config = tmp_path / "iter_0000003" / "config.yaml"
-    for text in ("", "model: {num_layers: many}", "a: [", "model: {surprise: 1}"):
+    for text in ("", "model: {num_layers: many}", "a: [", "model: {surprise: 1}", "model: 5"):
         config.write_text(text)
         with pytest.raises(CheckpointError, match=r"config\.yaml: "):
             load_config(tmp_path)
@@ -304,3 +306,27 @@ def test_a_save_that_fails_leaves_the_old_checkpoint_and_nothing_else(tmp_path: 
         )
     assert sorted(tmp_path.rglob("*")) == before
     assert find_checkpoint(tmp_path, SINGLE) == 3
+
+
+def save_with_a_full_disk(path: Path) -> tuple[str, list[str]]:
+    """Rank 1 may not write files of more than 64 kB."""
+    state = ParallelState.create(Topology(2, tensor=2))
+    spec = ShardSpec("weight", (400, 400), dim=0)
+    tensors = [("weight", torch.zeros(200, 400), spec)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if state.rank == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        with pytest.raises(CheckpointError) as error:
+            save_checkpoint(path, 1, tensors, {}, config=make_config(), state=state)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    return str(error.value), sorted(file.name for file in path.iterdir())
+
+
+def test_all_ranks_report_what_one_cannot_write(tmp_path: Path) -> None:
+    expected = f"rank 1 cannot write {tmp_path / '.iter_0000001.tmp'}: File too large"
+    for message, left in run_distributed(2, save_with_a_full_disk, tmp_path):
+        assert message == expected
+        assert left in ([], [".iter_0000001.tmp"])  # rank 0 may not have tidied up yet
+    assert not list(tmp_path.iterdir())
