@@ -26,26 +26,33 @@ from megatron.optimizer.layout import Layout, lay_out
 class Traits:
     """What the parameters of one buffer have in common.
 
+    They are the same on all tensor ranks, and so is the layout of the buffers. What several of
+    them hold whole is then summed over the data ranks in the same order everywhere, since the
+    order of the sum may depend on an element's place, and stays bitwise the same.
+
     Attributes:
         dtype: number format of the parameters.
         decayed: whether weight decay applies; not to biases and norms, which have one dimension.
-        counted: whether this rank counts them in norms and parameter counts.
+        split: whether they are split over the tensor ranks, not held whole by each.
+        tied: whether they are copies of another stage's.
         partial: whether their gradients still have to be summed over the tensor ranks.
     """
 
     dtype: torch.dtype
     decayed: bool
-    counted: bool
+    split: bool
+    tied: bool
     partial: bool
 
     @classmethod
-    def of(cls, parameter: nn.Parameter, tensor_rank: int) -> Traits:
-        """The traits of ``parameter`` on tensor rank ``tensor_rank``."""
+    def of(cls, parameter: nn.Parameter) -> Traits:
+        """The traits of ``parameter``."""
         spec = shard_spec(parameter)
         return cls(
             dtype=parameter.dtype,
             decayed=parameter.dim() > 1,
-            counted=spec.counted(tensor_rank),
+            split=spec.dim is not None,
+            tied=spec.tied_to is not None,
             partial=spec.partial,
         )
 
@@ -57,13 +64,19 @@ class FlatBuffer:
         values: [n] in the parameters' dtype; padding is zero.
         gradients: [n] in float32, or float64 for float64 parameters; padding is zero.
         layout: where the parameters lie, in the order of ``parameters``.
+        counted: whether this tensor rank counts them in norms and parameter counts.
     """
 
     def __init__(
-        self, parameters: tuple[nn.Parameter, ...], traits: Traits, bucket_size: int
+        self,
+        parameters: tuple[nn.Parameter, ...],
+        traits: Traits,
+        tensor_rank: int,
+        bucket_size: int,
     ) -> None:
         self.parameters = parameters
         self.traits = traits
+        self.counted = all(shard_spec(p).counted(tensor_rank) for p in parameters)
         self.layout: Layout = lay_out([p.numel() for p in parameters], bucket_size)
         device = parameters[0].device
         gradient_dtype = torch.promote_types(traits.dtype, torch.float32)
@@ -99,9 +112,9 @@ def build_flat_buffers(
     """Move ``parameters``, given in backward order, into one buffer for each set of traits."""
     sorted_by_traits: dict[Traits, list[nn.Parameter]] = defaultdict(list)
     for parameter in parameters:
-        sorted_by_traits[Traits.of(parameter, tensor_rank)].append(parameter)
+        sorted_by_traits[Traits.of(parameter)].append(parameter)
     return [
-        FlatBuffer(tuple(members), traits, bucket_size)
+        FlatBuffer(tuple(members), traits, tensor_rank, bucket_size)
         for traits, members in sorted_by_traits.items()
     ]
 

@@ -102,7 +102,7 @@ class Optimizer:
 
         ``lr`` is the learning rate of this step. A collective over ``state.model``.
         """
-        counted = (b.gradients for b in self.gradients.buffers if b.traits.counted)
+        counted = (b.gradients for b in self.gradients.buffers if b.counted)
         norm = global_norm(counted, self._state.model, self._state.device) / self.loss_scale
         skipped = ~norm.isfinite()
         self._divide_gradients(norm)
@@ -118,7 +118,7 @@ class Optimizer:
 
     def parameter_norm(self) -> Tensor:
         """Norm of the whole model's parameters, float64; a collective over ``state.model``."""
-        counted = (s.weights.detach() for s in self._stepped if s.buffer.traits.counted)
+        counted = (s.weights.detach() for s in self._stepped if s.buffer.counted)
         return global_norm(counted, self._state.model, self._state.device)
 
     def parameter_count(self) -> int:

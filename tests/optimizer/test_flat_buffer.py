@@ -29,7 +29,7 @@ def test_only_tensor_rank_zero_counts_whole_tensors() -> None:
     split = {"embedding.weight", "wide.weight", "wide.bias", "narrow.weight"}
     for rank, expected in ((0, split | {"narrow.bias", "norm.weight", "norm.bias"}), (1, split)):
         buffers = build_flat_buffers(Net(SINGLE).parameters(), rank, bucket_size=300)
-        counted = {p.shard_spec.name for b in buffers if b.traits.counted for p in b.parameters}
+        counted = {p.shard_spec.name for b in buffers if b.counted for p in b.parameters}
         assert counted == expected
 
 
@@ -37,7 +37,7 @@ def test_tied_copies_are_not_counted() -> None:
     net = Net(SINGLE)
     net.embedding.weight.shard_spec = ShardSpec("head.weight", (30, 8), dim=0, tied_to="owner")
     buffers = build_flat_buffers(net.parameters(), 0, bucket_size=300)
-    (copies,) = [b for b in buffers if b.traits.decayed and not b.traits.counted]
+    (copies,) = [b for b in buffers if b.traits.decayed and not b.counted]
     assert copies.parameters == (net.embedding.weight,)
 
 

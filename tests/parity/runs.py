@@ -100,7 +100,8 @@ def samples(count: int, seed: int) -> list[Batch]:
 
     return [
         {
-            "input_ids": draw(101, SEQUENCE),
+            # Not 0: transformers gives the padding token's row no gradient.
+            "input_ids": 1 + draw(100, SEQUENCE),
             "tokentype_ids": draw(2, SEQUENCE),
             "attention_mask": torch.arange(SEQUENCE) <= draw(SEQUENCE, 1),
             "masked_positions": draw(SEQUENCE, MASKED),
