@@ -44,6 +44,6 @@ format: $(INSTALLED)
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/data/*.cpp)
 	@echo "Installing into $(VENV): this takes a minute or two, once."
 	@test -x $(VENV)/bin/python || python3 -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check -c constraints.txt \
+	@$(VENV)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt \
 		-e '.[dev,hf,plots,progress,tensorboard]'
 	@touch $@
