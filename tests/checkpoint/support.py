@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -69,14 +67,3 @@ def local_part(whole: torch.Tensor, spec: ShardSpec, rank: int, size: int) -> to
     for box in spec.rectangles(rank, size):
         local[box.local_slices] = whole[box.global_slices]
     return local
-
-
-def whole_specs(shapes: dict[str, tuple[int, ...]]) -> Iterator[ShardSpec]:
-    """Specs of tensors that are split nowhere."""
-    for name, shape in shapes.items():
-        yield ShardSpec(name, shape)
-
-
-def replace_train(config: Config, **train: Any) -> Config:
-    """The configuration with other fields in its train section."""
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
