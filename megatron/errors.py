@@ -64,8 +64,9 @@ def exit_with(error: UserError) -> NoReturn:
 def _report(problems: Iterable[str], shared: bool) -> None:
     """Print the problems; those that all ranks share are left to rank 0 while it lives."""
     rank = int(os.environ.get("RANK", "0"))
+    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if shared and rank > 0:
         time.sleep(_SECONDS_FOR_RANK_ZERO)
-    where = f"[rank {rank}] " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    where = "" if alone or (shared and rank == 0) else f"[rank {rank}] "
     sys.stderr.write("".join(f"error: {where}{problem}\n" for problem in problems))
     sys.stderr.flush()

@@ -60,7 +60,11 @@ def test_ranks_are_named_and_leave_shared_mistakes_to_the_first(
     assert waits == []
     end_of(raising(ConfigError("wrong")))
     assert len(waits) == 1
+    monkeypatch.setenv("RANK", "0")
+    end_of(raising(ConfigError("wrong")))
+    assert len(waits) == 1
     assert capsys.readouterr().err.splitlines() == [
         "error: [rank 3] gone",
         "error: [rank 3] wrong",
+        "error: wrong",
     ]
