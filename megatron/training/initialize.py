@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
+import signal
+import sys
 from datetime import timedelta
 
 import numpy as np
@@ -13,6 +16,8 @@ import torch.distributed as dist
 from megatron.config import Config
 from megatron.errors import ConfigError
 from megatron.mpu import ParallelState, Topology, install
+
+_PR_SET_PDEATHSIG = 1  # in Linux' sys/prctl.h
 
 
 def world_size() -> int:
@@ -53,6 +58,7 @@ def initialize(config: Config) -> ParallelState:
 
     Without torchrun there is no process group at all.
     """
+    _die_with_the_launcher()
     device = choose_device(config)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
@@ -68,6 +74,17 @@ def initialize(config: Config) -> ParallelState:
     state = install(ParallelState.create(topology, device=device, timeout=timeout))
     _seed_everything(config.train.seed)
     return state
+
+
+def _die_with_the_launcher() -> None:
+    """Has the operating system end this rank when torchrun is killed.
+
+    torchrun gives each rank a session of its own, so that ranks would outlive it and go on writing
+    checkpoints beside the run that is started in its place. A rank that comes here later than
+    that cannot join the others, since the store that they meet at was torchrun's.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _seed_everything(seed: int) -> None:
