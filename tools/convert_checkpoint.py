@@ -104,8 +104,8 @@ def write(checkpoint: Checkpoint, directory: Path, max_bytes: int) -> None:
     progress.close()
     if checkpoint.config.model.bert_no_binary_head:
         print("the checkpoint has no binary head: exported as MegatronBertForMaskedLM")
-    if not (directory / "vocab.txt").exists():
-        print("the checkpoint has no WordPiece vocabulary: exported without a tokenizer")
+    if not (directory / "tokenizer.json").exists():
+        print("no vocabulary came with the checkpoint: exported without a tokenizer")
 
 
 def certify(checkpoint: Checkpoint, directory: Path) -> float:

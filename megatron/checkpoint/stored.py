@@ -17,7 +17,6 @@ from __future__ import annotations
 import io
 import pickle
 import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -191,7 +190,7 @@ def _read_metadata(path: Path) -> Metadata:
         raise CheckpointError(f"{path} is refused: {error}") from error
     try:
         problem = _problem_of(metadata)
-    except (AttributeError, TypeError) as error:  # a value of another type than DCP puts there
+    except (AttributeError, TypeError, ValueError) as error:  # something else than DCP puts there
         problem = f"it describes something else than tensors: {error}"
     if problem:
         raise CheckpointError(f"{path} is refused: {problem}")
@@ -212,6 +211,8 @@ def _problem_of(metadata: Any) -> str | None:
             if not inside or MetadataIndex(key, chunk.offsets) not in boxes:
                 return f"it holds {tuple(chunk.sizes)} at {tuple(chunk.offsets)} of {key}"
             volume += chunk.sizes.numel()
+        if not isinstance(tensor.properties.dtype, torch.dtype):
+            return f"it gives {key} no type"
         if volume != tensor.size.numel():
             return f"it holds {volume} of {tensor.size.numel()} values of {key}"
     return None
@@ -219,15 +220,17 @@ def _problem_of(metadata: Any) -> str | None:
 
 def _tensor_of(archive: bytes) -> torch.Tensor:
     """The tensor of a `torch.save` archive, after a look at the archive's checksums."""
+    broken = None
     try:
         broken = zipfile.ZipFile(io.BytesIO(archive)).testzip()
-        if broken is not None:
-            raise _DamageError(f"bad checksum of {broken}")
-        tensor = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, zlib.error, OSError, RuntimeError, ValueError) as error:
-        raise _DamageError(str(error).splitlines()[0]) from error
+        if broken is None:
+            tensor = torch.load(io.BytesIO(archive), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _DamageError("it holds something else than a tensor") from error
+    except Exception as error:  # damaged, an archive can fail in any way
+        raise _DamageError(f"{error}".partition("\n")[0]) from error
+    if broken is not None:
+        raise _DamageError(f"bad checksum of {broken}")
     if not isinstance(tensor, torch.Tensor):
         raise _DamageError("it holds something else than a tensor")
     return tensor
