@@ -30,7 +30,7 @@ def read_lines(paths: Sequence[Path]) -> Iterator[tuple[Path, int, bytes]]:
 def parse_line(path: Path, number: int, line: bytes, keys: Sequence[str]) -> list[str]:
     """The texts under `keys` of one line; raises DataError naming file, line and what is wrong."""
     try:
-        document = json.loads(line)
+        document = json.loads(line.rstrip(b"\r\n"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: line {number} is not UTF-8 text at byte {error.start}") from error
     except json.JSONDecodeError as error:

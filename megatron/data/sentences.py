@@ -31,7 +31,8 @@ _BEFORE_NUMBERS = frozenset(_NUMBERED.split())
 _CLOSING = "\"'”’»)\\]}*_`"
 _OPENING = "\"'“‘«(\\[{*_`¿¡"
 _END = re.compile(
-    rf"(?P<stop>[.!?…]+)[{_CLOSING}]*(?P<gap>\s+)(?=(?P<next>[{_OPENING}]*\S))"
+    # A run of stops is looked at once, from its beginning, and never in part.
+    rf"(?<![.!?…])(?P<stop>[.!?…]++)[{_CLOSING}]*+(?P<gap>\s++)(?=(?P<next>[{_OPENING}]*+\S))"
     r"|(?P<wide>[。！？][”’」』）]*)\s*"
     r"|(?P<blank>\n[ \t]*\n\s*)"
 )

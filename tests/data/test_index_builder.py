@@ -1,0 +1,155 @@
+"""Properties of the samples that sentences are put together to, in C++ and in the Python twin."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron.data import index_builder
+from megatron.data.index_builder import bert_samples, bert_samples_twin
+from tests.data.support import EXAMPLES
+
+Corpus = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
+
+needs_extension = pytest.mark.skipif(
+    index_builder._EXTENSION is None, reason="the C++ extension megatron.data._index is not built"
+)
+
+
+@st.composite
+def corpora(draw: st.DrawFn) -> Corpus:
+    """Document boundaries and sentence sizes; the documents may begin and end inside the corpus."""
+    counts = draw(st.lists(st.integers(0, 12), min_size=1, max_size=20))
+    bounds = np.cumsum([draw(st.integers(0, 3)), *counts])
+    total = int(bounds[-1]) + draw(st.integers(0, 3))
+    sizes = draw(st.lists(st.integers(0, 40), min_size=total, max_size=total))
+    return bounds.astype(np.int64), np.array(sizes, np.int32)
+
+
+rules = st.fixed_dictionaries(
+    {
+        "max_tokens": st.integers(2, 64),
+        "min_sentences": st.integers(1, 2),
+        "short_seq_prob": st.sampled_from([0.0, 0.1, 0.5, 1.0]),
+        "seed": st.integers(0, 2**64 - 1),
+    }
+)
+
+
+@needs_extension
+@given(corpus=corpora(), rule=rules, first=st.integers(0, 2**40), epochs=st.integers(0, 4))
+@EXAMPLES
+def test_the_extension_equals_its_twin(
+    corpus: Corpus, rule: dict[str, Any], first: int, epochs: int
+) -> None:
+    assert index_builder._EXTENSION is not None
+    threshold = round(rule["short_seq_prob"] * 2**32)
+    arguments = (rule["max_tokens"], rule["min_sentences"], threshold, rule["seed"], first, epochs)
+    compiled = index_builder._EXTENSION.bert_samples(*corpus, *arguments)
+    twin = bert_samples_twin(*corpus, *arguments)
+    assert compiled.dtype == twin.dtype == np.int64
+    np.testing.assert_array_equal(compiled, twin)
+
+
+@needs_extension
+@pytest.mark.parametrize("bounds", [[0, 9], [2, 1], [-1, 2]])
+def test_the_extension_stays_within_the_corpus(bounds: list[int]) -> None:
+    assert index_builder._EXTENSION is not None
+    sizes = np.ones(4, np.int32)
+    with pytest.raises(ValueError, match="document boundaries"):
+        index_builder._EXTENSION.bert_samples(np.array(bounds), sizes, 8, 1, 0, 0, 0, 1)
+
+
+@given(corpus=corpora(), rule=rules)
+@EXAMPLES
+def test_an_epoch_holds_every_sentence_once(corpus: Corpus, rule: dict[str, Any]) -> None:
+    documents, _ = corpus
+    rows = bert_samples(*corpus, **rule, first_epoch=0, epochs=1)
+    used = [sentence for first, end, _ in rows for sentence in range(first, end)]
+    lengths = np.diff(documents)
+    whole = [
+        sentence
+        for start, length in zip(documents, lengths, strict=False)
+        if length >= rule["min_sentences"]
+        for sentence in range(start, start + length)
+    ]
+    assert sorted(used) == whole
+
+
+@given(corpus=corpora(), rule=rules)
+@EXAMPLES
+def test_samples_keep_to_the_rule(corpus: Corpus, rule: dict[str, Any]) -> None:
+    documents, sizes = corpus
+    for first, end, target in bert_samples(*corpus, **rule, first_epoch=3, epochs=2):
+        assert end - first >= rule["min_sentences"]
+        document = np.searchsorted(documents, first, side="right")
+        assert end <= documents[document], "a sample does not pass the end of its document"
+        assert 2 <= target <= rule["max_tokens"]
+        if rule["short_seq_prob"] == 0:
+            assert target == rule["max_tokens"]
+        # Without its last sentence it was too short, or the rest too small to stand alone.
+        enough = end - 1 - first >= rule["min_sentences"]
+        if enough and documents[document] - (end - 1) >= rule["min_sentences"]:
+            assert sizes[first : end - 1].sum() < target
+
+
+@given(corpus=corpora(), rule=rules, first=st.integers(0, 5), epochs=st.integers(1, 4))
+@EXAMPLES
+def test_epochs_do_not_depend_on_each_other(
+    corpus: Corpus, rule: dict[str, Any], first: int, epochs: int
+) -> None:
+    together = bert_samples(*corpus, **rule, first_epoch=first, epochs=epochs)
+    alone = [bert_samples(*corpus, **rule, first_epoch=first + i, epochs=1) for i in range(epochs)]
+    np.testing.assert_array_equal(together, np.concatenate(alone))
+
+
+def test_short_samples_come_as_often_as_asked() -> None:
+    documents = np.arange(0, 40_001, 2, dtype=np.int64)
+    sizes = np.full(40_000, 100, np.int32)
+    rows = bert_samples(
+        documents,
+        sizes,
+        max_tokens=101,
+        min_sentences=2,
+        short_seq_prob=0.1,
+        seed=5,
+        first_epoch=0,
+        epochs=1,
+    )
+    targets = rows[:, 2]
+    assert abs((targets < 101).mean() - 0.1 * 99 / 100) < 0.01
+    short = targets[targets < 101]
+    assert abs(short.mean() - 51) < 3  # uniform from 2 to 100
+
+
+def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+    documents = np.arange(0, 401, 2, dtype=np.int64)
+    sizes = np.full(400, 10, np.int32)
+
+    def order(seed: int, epoch: int) -> tuple[int, ...]:
+        rows = bert_samples(
+            documents,
+            sizes,
+            max_tokens=20,
+            min_sentences=2,
+            short_seq_prob=0.0,
+            seed=seed,
+            first_epoch=epoch,
+            epochs=1,
+        )
+        return tuple(rows[:, 0].tolist())
+
+    orders = {order(seed, epoch) for seed in range(4) for epoch in range(4)}
+    assert len(orders) == 16
+    assert tuple(range(0, 400, 2)) not in orders
+
+
+def test_the_numbers_are_those_of_splitmix64() -> None:
+    # The generator's first outputs from 0 and 1234567, as its authors' reference code gives them.
+    n = np.arange(3, dtype=np.uint64)
+    assert index_builder.random64(0, n)[0] == 0xE220A8397B1DCDAF
+    expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
+    assert index_builder.random64(1234567, n).tolist() == expected
