@@ -155,10 +155,12 @@ def parse_options() -> argparse.Namespace:
     add("--vocab-file", help="vocabulary: vocab.txt or vocab.json")
     add("--merge-file", help="merge rules of byte-pair encoding")
     add("--append-eod", action="store_true", help="end each document with its special token")
-    add("--dataset-impl", choices=("mmap",), help="obsolete: datasets are always memory-mapped")
+    add("--dataset-impl", choices=("mmap",), help="obsolete, there is no other kind")
     add("--workers", type=int, default=1, help="processes that make tokens")
     add("--log-interval", type=int, default=100, help="documents between two reports")
     options = parser.parse_args()
+    if options.dataset_impl:
+        print("--dataset-impl is obsolete: datasets are always memory-mapped", file=sys.stderr)
     for name in ("workers", "log_interval"):
         if getattr(options, name) < 1:
             flag = "--" + name.replace("_", "-")

@@ -55,7 +55,7 @@ def bert_samples(
         max_tokens,
         min_sentences,
         round(short_seq_prob * 2**32),
-        seed,
+        seed % 2**64,
         first_epoch,
         epochs,
     )

@@ -90,7 +90,7 @@ class IndexedDataset:
     def warm_up(self) -> None:
         """Read the tokens once, so that the operating system has them in memory."""
         for start in range(0, len(self._bin), CHUNK_BYTES):
-            self._bin[start : start + CHUNK_BYTES : 512].max()  # a byte of every page
+            self._bin[start : start + CHUNK_BYTES : 4096].max()  # a byte of every page
 
     def _read_index(self, path: Path) -> None:
         self._idx = idx = _map_file(path)

@@ -125,6 +125,16 @@ def test_short_samples_come_as_often_as_asked() -> None:
     assert abs(short.mean() - 51) < 3  # uniform from 2 to 100
 
 
+def test_any_seed_will_do() -> None:
+    documents, sizes = np.array([0, 4], np.int64), np.full(4, 3, np.int32)
+    rule = {"max_tokens": 8, "min_sentences": 1, "short_seq_prob": 0.5}
+    rows = [
+        bert_samples(documents, sizes, **rule, seed=seed, first_epoch=0, epochs=9)
+        for seed in (5, 5 + 2**64)
+    ]
+    np.testing.assert_array_equal(*rows)
+
+
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     documents = np.arange(0, 401, 2, dtype=np.int64)
     sizes = np.full(400, 10, np.int32)

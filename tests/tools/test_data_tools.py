@@ -61,8 +61,30 @@ def vocabulary(corpus: Path) -> Path:
 
 
 def preprocess_flags(vocabulary: Path, prefix: Path, *inputs: Path) -> list[str | Path]:
-    flags: list[str | Path] = ["--tokenizer-type", "BertWordPieceLowerCase"]
-    return [*flags, "--vocab-file", vocabulary, "--output-prefix", prefix, "--input", *inputs]
+    flags: list[str | Path] = ["--tokenizer-type", "BertWordPieceLowerCase", "--vocab-file"]
+    return [*flags, vocabulary, *output_flags(prefix, *inputs)]
+
+
+def output_flags(prefix: Path, *inputs: Path) -> list[str | Path]:
+    return ["--output-prefix", prefix, "--input", *inputs]
+
+
+@pytest.fixture(scope="module")
+def byte_level(corpus: Path) -> tuple[Path, Path]:
+    """A byte-level vocabulary of the corpus and its merges."""
+    output = corpus.parent / "byte_level"
+    succeed(
+        "train_tokenizer.py",
+        *("--type", "bpe", "--vocab-size", "400", "--input", corpus, "--output", output),
+    )
+    return output / "vocab.json", output / "merges.txt"
+
+
+def byte_level_flags(
+    byte_level: tuple[Path, Path], prefix: Path, *inputs: Path
+) -> list[str | Path]:
+    flags: list[str | Path] = ["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file"]
+    return [*flags, byte_level[0], "--merge-file", byte_level[1], *output_flags(prefix, *inputs)]
 
 
 def test_the_vocabulary_is_that_of_the_text(vocabulary: Path) -> None:
@@ -86,25 +108,34 @@ def test_the_same_text_gives_the_same_vocabulary(
     assert (tmp_path / "vocab.txt").read_bytes() == vocabulary.read_bytes()
 
 
-def test_byte_pairs_from_text_to_dataset(corpus: Path, tmp_path: Path) -> None:
-    succeed(
-        "train_tokenizer.py",
-        *("--type", "bpe", "--vocab-size", "400", "--input", corpus, "--output", tmp_path),
-    )
-    files = tmp_path / "vocab.json", tmp_path / "merges.txt"
-    succeed(
-        "preprocess_data.py",
-        *("--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", files[0]),
-        *("--merge-file", files[1], "--input", corpus, "--output-prefix", tmp_path / "d"),
-        "--append-eod",
-    )
-    tokenizer = load_byte_level(*files)
+def test_byte_pairs_from_text_to_dataset(
+    corpus: Path, byte_level: tuple[Path, Path], tmp_path: Path
+) -> None:
+    flags = byte_level_flags(byte_level, tmp_path / "d", corpus)
+    succeed("preprocess_data.py", *flags, "--append-eod")
+    tokenizer = load_byte_level(*byte_level)
     dataset = IndexedDataset(tmp_path / "d_text_document")
     assert len(dataset) == len(TEXTS) == len(dataset.documents) - 1
     for i in (0, 77, 199):
         tokens = dataset[i].tolist()
         assert tokens[-1] == tokenizer.eod
         assert tokenizer.detokenize(tokens[:-1]) == TEXTS[i]
+
+
+def test_newlines_between_sentences_are_kept_on_request(
+    byte_level: tuple[Path, Path], tmp_path: Path
+) -> None:
+    corpus = write_corpus(tmp_path / "c.jsonl", ["One here.\nTwo there.\n\nThree."])
+    tokenizer = load_byte_level(*byte_level)
+    for flags, sentences in [
+        ((), ["One here.", "Two there.", "Three."]),
+        (("--keep-newlines",), ["One here.\n", "Two there.\n\n", "Three."]),
+    ]:
+        arguments = byte_level_flags(byte_level, tmp_path / "d", corpus)
+        succeed("preprocess_data.py", *arguments, "--split-sentences", *flags)
+        dataset = IndexedDataset(tmp_path / "d_text_sentence")
+        found = [tokenizer.detokenize(dataset[i].tolist()) for i in range(len(dataset))]
+        assert found == sentences
 
 
 def test_sentences_become_sequences(corpus: Path, vocabulary: Path, tmp_path: Path) -> None:
