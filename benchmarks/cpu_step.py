@@ -94,9 +94,11 @@ def random_batches(config: Config, count: int) -> list[Batch]:
     generator = torch.Generator().manual_seed(0)
     b, s = config.train.micro_batch_size, config.data.seq_length
     k = int(config.data.mask_prob * s)
+    vocabulary = config.model.vocab_size
+    assert vocabulary is not None
 
     def batch() -> Batch:
-        ids = torch.randint(config.model.vocab_size or 0, (b, s), generator=generator)
+        ids = torch.randint(vocabulary, (b, s), generator=generator)
         order = torch.rand(b, s, generator=generator).argsort(dim=1)
         return {
             "input_ids": ids,
@@ -122,6 +124,7 @@ def their_step(config: Config, batches: list[Batch]) -> Callable[[], Any]:
     from transformers import MegatronBertConfig, MegatronBertForPreTraining
 
     network = config.model
+    assert network.vocab_size is not None
     model = MegatronBertForPreTraining(
         MegatronBertConfig(
             vocab_size=network.vocab_size,
