@@ -16,6 +16,7 @@ from megatron.errors import ConfigError, DataError
 from megatron.tokenizer import Tokenizer
 
 CACHE_FOLDER = "index-cache"
+TRAINING = 0
 
 
 def max_predictions(config: Config) -> int:
@@ -32,8 +33,9 @@ def build_bert_datasets(
 ) -> tuple[BertDataset | None, BertDataset | None, BertDataset | None]:
     """The datasets of training, validation and test with so many samples; None where 0 are asked.
 
-    report: takes one line for each dataset, with what was left out of it. Raises ConfigError or
-    DataError where a file is missing or damaged, a token is outside the vocabulary, or a split
+    report: takes one line for each dataset, with what was left out of it. A validation or test
+    split that is too small to hold a sample is reported and None. Raises ConfigError or DataError
+    where a file is missing or damaged, a token is outside the vocabulary, or the training split
     holds no document that makes a sample.
     """
     if len(config.data.data_path) != 1:
@@ -52,6 +54,10 @@ def build_bert_datasets(
         for number, (documents, wanted) in enumerate(zip(ranges, samples, strict=True))
     )
     return train, valid, test
+
+
+class _EmptySplit(DataError):
+    """A split of which no sample can be made."""
 
 
 class _Builder:
@@ -81,13 +87,22 @@ class _Builder:
         )
 
     def build(self, number: int, documents: range, samples: int) -> BertDataset | None:
-        """The dataset of split `number`."""
+        """The dataset of split `number`; None where none is asked for or an unneeded one is empty."""
         if samples == 0:
             return None
+        try:
+            return self._build(number, documents, samples)
+        except _EmptySplit as empty:
+            if number == TRAINING:
+                raise
+            self._report(f"{NAMES[number]}: skipped, since {empty}")
+            return None
+
+    def _build(self, number: int, documents: range, samples: int) -> BertDataset:
         name = NAMES[number]
         data = self._config.data
         if not documents:
-            raise ConfigError(
+            raise _EmptySplit(
                 f"--split {data.split!r} leaves no document for {name}: "
                 f"{self._dataset.prefix} has {len(self._dataset.documents) - 1} documents"
             )
@@ -107,7 +122,7 @@ class _Builder:
         )
         skipped = self._describe_skipped(documents)
         if len(sample_map) == 0:
-            raise DataError(
+            raise _EmptySplit(
                 f"{self._dataset.prefix}: {len(documents)} documents for {name} hold no sample"
                 f"{skipped}"
             )

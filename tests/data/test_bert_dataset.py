@@ -183,9 +183,20 @@ def test_only_documents_of_one_sentence_is_an_error(tmp_path: Path) -> None:
     assert len(caught.value.problems) == 1
 
 
-def test_an_empty_split_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--split '1,0' leaves no document for valid.* 5 doc"):
-        build(tmp_path, random_documents(5, seed=0), split="1,0")
+def test_an_empty_training_split_is_an_error(tmp_path: Path) -> None:
+    message = r"--split '0,1' leaves no document for train.* 5 doc"
+    with pytest.raises(DataError, match=message):
+        build(tmp_path, random_documents(5, seed=0), (5, 0, 0), split="0,1")
+
+
+def test_empty_splits_for_evaluation_are_reported_and_left_out(tmp_path: Path) -> None:
+    report = Lines()
+    documents = [*random_documents(5, seed=0), *random_documents(1, seed=2, sentences=(1, 2))]
+    train, valid, test = build(tmp_path, documents, (5, 5, 5), report, split="5,0,1")
+    assert train is not None and valid is None and test is None
+    assert len(report) == 3
+    assert "valid: skipped, since --split '5,0,1' leaves no document for valid" in report[1]
+    assert "test: skipped" in report[2] and "hold a single sentence" in report[2]
 
 
 def test_a_token_outside_the_vocabulary_is_an_error(tmp_path: Path) -> None:
