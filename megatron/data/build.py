@@ -56,7 +56,7 @@ def build_bert_datasets(
     return train, valid, test
 
 
-class _EmptySplit(DataError):
+class _EmptySplitError(DataError):
     """A split of which no sample can be made."""
 
 
@@ -87,12 +87,12 @@ class _Builder:
         )
 
     def build(self, number: int, documents: range, samples: int) -> BertDataset | None:
-        """The dataset of split `number`; None where none is asked for or an unneeded one is empty."""
+        """The dataset of split `number`; None where none is asked for, or one is not to be had."""
         if samples == 0:
             return None
         try:
             return self._build(number, documents, samples)
-        except _EmptySplit as empty:
+        except _EmptySplitError as empty:
             if number == TRAINING:
                 raise
             self._report(f"{NAMES[number]}: skipped, since {empty}")
@@ -102,7 +102,7 @@ class _Builder:
         name = NAMES[number]
         data = self._config.data
         if not documents:
-            raise _EmptySplit(
+            raise _EmptySplitError(
                 f"--split {data.split!r} leaves no document for {name}: "
                 f"{self._dataset.prefix} has {len(self._dataset.documents) - 1} documents"
             )
@@ -122,7 +122,7 @@ class _Builder:
         )
         skipped = self._describe_skipped(documents)
         if len(sample_map) == 0:
-            raise _EmptySplit(
+            raise _EmptySplitError(
                 f"{self._dataset.prefix}: {len(documents)} documents for {name} hold no sample"
                 f"{skipped}"
             )
