@@ -52,11 +52,11 @@ LARGEST_DIFFERENCE = 1e-3
 
 MODEL = """
     --num-layers 4 --hidden-size 128 --num-attention-heads 4
-    --seq-length 64 --max-position-embeddings 64
+    --seq-length 32 --max-position-embeddings 32
     --hidden-dropout 0 --attention-dropout 0 --init-method-std 0.06
 """
 TRAINING = """
-    --train-iters 2000 --global-batch-size 32 --micro-batch-size 16
+    --train-iters 2000 --global-batch-size 64 --micro-batch-size 32
     --lr 2e-3 --lr-warmup-fraction 0.05 --adam-beta2 0.98
     --log-interval 20 --eval-interval 200 --eval-iters 8 --save-interval 500
 """
