@@ -92,7 +92,7 @@ PREPARATION = (
         "Turn the text into a dataset of tokens",
         f"python tools/preprocess_data.py --input {CORPUS} --output-prefix {WORK}/bert "
         f"--tokenizer-type BertWordPieceLowerCase --vocab-file {VOCABULARY} "
-        f"--split-sentences --workers 2",
+        f"--split-sentences --workers 2 --log-interval 2000",
         DATASET.with_suffix(".idx"),
     ),
 )
