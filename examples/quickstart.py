@@ -56,7 +56,7 @@ MODEL = """
     --hidden-dropout 0 --attention-dropout 0 --init-method-std 0.06
 """
 TRAINING = """
-    --train-iters 2000 --global-batch-size 64 --micro-batch-size 32
+    --train-iters 1500 --global-batch-size 64 --micro-batch-size 32
     --lr 2e-3 --lr-warmup-fraction 0.05 --adam-beta2 0.98
     --log-interval 20 --eval-interval 200 --eval-iters 8 --save-interval 500
 """
