@@ -46,27 +46,42 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     try:
         sys.exit(main() or 0)
     except UserError as error:
-        exit_with(error)
+        _leave_work(error)
     except OSError as error:
         if error.filename is None:  # not about a file that the user named
             raise
-        exit_with(UserError(f"{error.filename}: {error.strerror}"))
+        _leave_work(UserError(f"{error.filename}: {error.strerror}"))
     except KeyboardInterrupt:
         sys.exit(130)
 
 
 def exit_with(error: UserError) -> NoReturn:
     """Print one `error: ...` line for each problem and end the process with the error's code."""
-    _report(error.problems, shared=isinstance(error, ConfigError))
+    _report(error)
     sys.exit(error.exit_code)
 
 
-def _report(problems: Iterable[str], shared: bool) -> None:
+def _leave_work(error: UserError) -> NoReturn:
+    """`exit_with` for a rank in the middle of its work."""
+    if _alone():
+        exit_with(error)
+    _report(error)
+    sys.stdout.flush()
+    # Threads of a communication library that still wait for other ranks would abort an orderly
+    # end of the interpreter, and with it the code.
+    os._exit(error.exit_code)
+
+
+def _alone() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) == 1
+
+
+def _report(error: UserError) -> None:
     """Print the problems; those that all ranks share are left to rank 0 while it lives."""
+    shared = isinstance(error, ConfigError)
     rank = int(os.environ.get("RANK", "0"))
-    alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
     if shared and rank > 0:
         time.sleep(_SECONDS_FOR_RANK_ZERO)
-    where = "" if alone or (shared and rank == 0) else f"[rank {rank}] "
-    sys.stderr.write("".join(f"error: {where}{problem}\n" for problem in problems))
+    where = "" if _alone() or (shared and rank == 0) else f"[rank {rank}] "
+    sys.stderr.write("".join(f"error: {where}{problem}\n" for problem in error.problems))
     sys.stderr.flush()

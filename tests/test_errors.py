@@ -1,5 +1,6 @@
 """A user's mistake ends a command with its lines and its code; a fault keeps its traceback."""
 
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -54,6 +55,7 @@ def test_ranks_are_named_and_leave_shared_mistakes_to_the_first(
 ) -> None:
     waits: list[float] = []
     monkeypatch.setattr(errors.time, "sleep", waits.append)
+    monkeypatch.setattr(errors.os, "_exit", sys.exit)
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("RANK", "3")
     end_of(raising(DataError("gone")))
