@@ -17,7 +17,7 @@ from torch import nn
 
 from megatron.config import Config
 from megatron.model.language_model import TransformerLanguageModel, WholeLinear, get_language_model
-from megatron.model.module import Float16Module, MegatronModule, parameter_dtype
+from megatron.model.module import Float16Module, MegatronModule, new_parameter
 from megatron.model.transformer import LayerNorm, gelu
 from megatron.mpu import (
     ParallelState,
@@ -27,7 +27,7 @@ from megatron.mpu import (
     parallel_lm_logits,
     vocab_parallel_cross_entropy,
 )
-from megatron.mpu.init import create_parameter, zeros
+from megatron.mpu.init import zeros
 from megatron.ops.attention import padding_mask
 
 
@@ -43,13 +43,8 @@ class BertLMHead(nn.Module):
         self.dense = WholeLinear(config, state, f"{name}.dense")
         self.layernorm = LayerNorm(config, state, f"{name}.layernorm")
         padded = config.model.padded_vocab_size(state.tensor.size)
-        self.bias = create_parameter(
-            ShardSpec(f"{name}.bias", (vocab_size,), dim=0, padded=padded),
-            state.tensor,
-            zeros,
-            dtype=parameter_dtype(config),
-            device=state.device,
-        )
+        spec = ShardSpec(f"{name}.bias", (vocab_size,), dim=0, padded=padded)
+        self.bias = new_parameter(config, state, spec, zeros)
 
     def forward(self, hidden: torch.Tensor, word_embeddings: torch.Tensor) -> torch.Tensor:
         """[..., h], [v / t, h] -> [..., v / t]"""

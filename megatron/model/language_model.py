@@ -5,15 +5,17 @@ Letters: s sequence, b micro-batch, h hidden.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from megatron.config import Config
-from megatron.model.module import parameter_dtype
+from megatron.model.module import new_parameter, parameter_dtype
 from megatron.model.transformer import ParallelTransformer, init_methods
 from megatron.mpu import ParallelState, ShardSpec, Stage, VocabParallelEmbedding
-from megatron.mpu.init import create_parameter, zeros
+from megatron.mpu.init import zeros
 from megatron.mpu.layers import embedding_lookup, linear
 
 
@@ -26,22 +28,9 @@ class WholeLinear(nn.Module):
         super().__init__()
         h = config.model.hidden_size
         out = h if output_size is None else output_size
-        dtype = parameter_dtype(config)
         init, _ = init_methods(config)
-        self.weight = create_parameter(
-            ShardSpec(f"{name}.weight", (out, h)),
-            state.tensor,
-            init,
-            dtype=dtype,
-            device=state.device,
-        )
-        self.bias = create_parameter(
-            ShardSpec(f"{name}.bias", (out,)),
-            state.tensor,
-            zeros,
-            dtype=dtype,
-            device=state.device,
-        )
+        self.weight = new_parameter(config, state, ShardSpec(f"{name}.weight", (out, h)), init)
+        self.bias = new_parameter(config, state, ShardSpec(f"{name}.bias", (out,)), zeros)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., h] -> [..., out]"""
@@ -114,13 +103,8 @@ class _Table(nn.Module):
 
     def __init__(self, config: Config, state: ParallelState, name: str, rows: int) -> None:
         super().__init__()
-        self.weight = create_parameter(
-            ShardSpec(f"{name}.weight", (rows, config.model.hidden_size)),
-            state.tensor,
-            init_methods(config)[0],
-            dtype=parameter_dtype(config),
-            device=state.device,
-        )
+        spec = ShardSpec(f"{name}.weight", (rows, config.model.hidden_size))
+        self.weight = new_parameter(config, state, spec, init_methods(config)[0])
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """i64[...] -> [..., h]"""
@@ -188,23 +172,7 @@ class TransformerLanguageModel(nn.Module):
 
 
 def get_language_model(
-    config: Config,
-    state: ParallelState,
-    stage: Stage,
-    *,
-    num_tokentypes: int = 0,
-    add_pooler: bool = False,
-    pre_process: bool = True,
-    post_process: bool = True,
+    config: Config, state: ParallelState, stage: Stage, **options: Any
 ) -> tuple[TransformerLanguageModel, str]:
-    """The language model of a stage, and its name in a network."""
-    model = TransformerLanguageModel(
-        config,
-        state,
-        stage,
-        num_tokentypes=num_tokentypes,
-        add_pooler=add_pooler,
-        pre_process=pre_process,
-        post_process=post_process,
-    )
-    return model, "language_model"
+    """The language model of a stage, with the options of its class, and its name in a network."""
+    return TransformerLanguageModel(config, state, stage, **options), "language_model"

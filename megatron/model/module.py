@@ -16,9 +16,9 @@ import torch
 from torch import nn
 
 from megatron.config import Config
-from megatron.mpu import ParallelState, Stage, VocabParallelEmbedding
+from megatron.mpu import ParallelState, ShardSpec, Stage, VocabParallelEmbedding
 from megatron.mpu.collectives import all_reduce
-from megatron.mpu.init import zeros
+from megatron.mpu.init import InitMethod, create_parameter, zeros
 
 
 def parameter_dtype(config: Config) -> torch.dtype:
@@ -26,6 +26,15 @@ def parameter_dtype(config: Config) -> torch.dtype:
     dtype = getattr(torch, config.model.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def new_parameter(
+    config: Config, state: ParallelState, spec: ShardSpec, init_method: InitMethod
+) -> nn.Parameter:
+    """This rank's part of the parameter that ``spec`` describes, in the model's format."""
+    return create_parameter(
+        spec, state.tensor, init_method, dtype=parameter_dtype(config), device=state.device
+    )
 
 
 class MegatronModule(nn.Module):

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron.config import Config
-from megatron.model.module import parameter_dtype
+from megatron.model.module import new_parameter, parameter_dtype
 from megatron.mpu import ColumnParallelLinear, ParallelState, RowParallelLinear, ShardSpec, Stage
-from megatron.mpu.init import InitMethod, create_parameter, normal, ones, xavier_uniform, zeros
+from megatron.mpu.init import InitMethod, normal, ones, xavier_uniform, zeros
 from megatron.ops.attention import attention
 
 
@@ -56,22 +56,10 @@ class LayerNorm(nn.Module):
 
     def __init__(self, config: Config, state: ParallelState, name: str) -> None:
         super().__init__()
-        size, dtype = config.model.hidden_size, parameter_dtype(config)
+        shape = (config.model.hidden_size,)
         self.epsilon = config.model.layernorm_epsilon
-        self.weight = create_parameter(
-            ShardSpec(f"{name}.weight", (size,)),
-            state.tensor,
-            ones,
-            dtype=dtype,
-            device=state.device,
-        )
-        self.bias = create_parameter(
-            ShardSpec(f"{name}.bias", (size,)),
-            state.tensor,
-            zeros,
-            dtype=dtype,
-            device=state.device,
-        )
+        self.weight = new_parameter(config, state, ShardSpec(f"{name}.weight", shape), ones)
+        self.bias = new_parameter(config, state, ShardSpec(f"{name}.bias", shape), zeros)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., h] -> [..., h]"""

@@ -31,6 +31,12 @@ from megatron.mpu.parallel_state import Axis, ParallelState
 from megatron.mpu.shard_spec import ShardSpec
 
 
+def _new(
+    spec: ShardSpec, state: ParallelState, init_method: InitMethod, dtype: torch.dtype
+) -> nn.Parameter:
+    return create_parameter(spec, state.tensor, init_method, dtype=dtype, device=state.device)
+
+
 def _flatten(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1, tensor.size(-1))
 
@@ -159,9 +165,7 @@ class VocabParallelEmbedding(nn.Module):
             padded=padded,
             tied_to=tied_to,
         )
-        self.weight = create_parameter(
-            spec, state.tensor, init_method, dtype=dtype, device=state.device
-        )
+        self.weight = _new(spec, state, init_method, dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """i64[...] -> [..., h]"""
@@ -200,15 +204,11 @@ class ColumnParallelLinear(nn.Module):
         self.axis = state.tensor
         self.gather_output = gather_output
         weight = ShardSpec(f"{name}.weight", (output_size, input_size), dim=0, blocks=blocks)
-        self.weight = create_parameter(
-            weight, state.tensor, init_method, dtype=dtype, device=state.device
-        )
+        self.weight = _new(weight, state, init_method, dtype)
         self.bias = None
         if bias:
             spec = ShardSpec(f"{name}.bias", (output_size,), dim=0, blocks=blocks)
-            self.bias = create_parameter(
-                spec, state.tensor, zeros, dtype=dtype, device=state.device
-            )
+            self.bias = _new(spec, state, zeros, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out / t], or [..., out] gathered"""
@@ -239,16 +239,12 @@ class RowParallelLinear(nn.Module):
         self.axis = state.tensor
         self.input_is_parallel = input_is_parallel
         weight = ShardSpec(f"{name}.weight", (output_size, input_size), dim=1)
-        self.weight = create_parameter(
-            weight, state.tensor, init_method, dtype=dtype, device=state.device
-        )
+        self.weight = _new(weight, state, init_method, dtype)
         self.bias = None
         if bias:
             # Whole on every rank: it is added once, after the sum.
             spec = ShardSpec(f"{name}.bias", (output_size,))
-            self.bias = create_parameter(
-                spec, state.tensor, zeros, dtype=dtype, device=state.device
-            )
+            self.bias = _new(spec, state, zeros, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in / t], or [..., in] where the input is whole -> [..., out]"""
