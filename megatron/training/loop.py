@@ -14,6 +14,7 @@ ends with the very weights of a run that was not.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 from megatron.config import Config
@@ -75,14 +76,13 @@ def _run(config: Config, task: Task, state: ParallelState) -> None:
     datasets = task.datasets(config, sample_counts(config, state.data.size), say)
     trainer = Trainer(config, task, state)
     resumed = checkpoints.resume(trainer)
-    reporter = Reporter(trainer)
-    _greet(trainer, reporter, resumed)
-    reason = _train(trainer, datasets, reporter)
-    if reason is not None:
-        reporter.say(f"ending after iteration {trainer.iteration}: {reason}")
-    else:
-        _evaluate(trainer, datasets.test, reporter, "test")
-    reporter.close()
+    with closing(Reporter(trainer)) as reporter:
+        _greet(trainer, reporter, resumed)
+        reason = _train(trainer, datasets, reporter)
+        if reason is not None:
+            reporter.say(f"ending after iteration {trainer.iteration}: {reason}")
+        else:
+            _evaluate(trainer, datasets.test, reporter, "test")
 
 
 def _train(trainer: Trainer, datasets: Datasets, reporter: Reporter) -> str | None:
