@@ -324,7 +324,9 @@ class TrainConfig:
         bounds="[1, inf)",
     )
     exit_duration_in_mins: float | None = flag(
-        "end the run after this many minutes, saving first", default=None, bounds="(0, inf)"
+        "end the run, saving first, at the first report after this many minutes",
+        default=None,
+        bounds="(0, inf)",
     )
 
     eval_iters: int = flag(
@@ -356,7 +358,9 @@ class TrainConfig:
     )
     log_params_norm: bool = flag("log the norm of the parameters", default=False)
     metrics_file: str | None = flag(
-        "file to append one JSON object per iteration to", default=None, metavar="FILE"
+        "file to append a JSON object to for each report and each evaluation",
+        default=None,
+        metavar="FILE",
     )
     tensorboard_dir: str | None = flag(
         "directory of TensorBoard's event files", default=None, metavar="DIR"
