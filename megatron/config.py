@@ -358,7 +358,8 @@ class TrainConfig:
     )
     log_params_norm: bool = flag("log the norm of the parameters", default=False)
     metrics_file: str | None = flag(
-        "file to append a JSON object to for each report and each evaluation",
+        "file to append a JSON object to for each report and each evaluation; lines of iterations "
+        "that are done again go to FILE.old",
         default=None,
         metavar="FILE",
     )

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -24,6 +25,7 @@ Record = Mapping[str, Value]
 class MetricsFile:
     """Writes records to `path`, keeping of an earlier run the lines up to `last_iteration`.
 
+    Where that leaves lines out, the file as it was stays beside it as `path`.old.
     A number that is not finite is written as null, since JSON knows neither NaN nor infinity.
     Raises ConfigError where the file holds something other than metrics.
     """
@@ -37,7 +39,10 @@ class MetricsFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
             return
-        kept = [record for record in read_metrics(path) if record["iteration"] <= last_iteration]
+        records = list(read_metrics(path))
+        kept = [record for record in records if record["iteration"] <= last_iteration]
+        if len(kept) < len(records):
+            shutil.copyfile(path, path.with_name(path.name + ".old"))
         aside = path.with_name(path.name + ".tmp")
         aside.write_text("".join(_line(record) for record in kept), encoding="utf-8")
         os.replace(aside, path)

@@ -46,6 +46,16 @@ def test_a_fresh_run_starts_a_fresh_file(tmp_path: Path) -> None:
     assert _iterations(path) == [1, 2]
 
 
+def test_lines_that_are_left_out_are_kept_beside_the_file(tmp_path: Path) -> None:
+    path, old = tmp_path / "m.jsonl", tmp_path / "m.jsonl.old"
+    _write(path, range(1, 8), last_iteration=0)
+    _write(path, range(8, 10), last_iteration=7)
+    assert not old.exists(), "nothing was left out"
+    _write(path, range(1, 3), last_iteration=0)
+    assert _iterations(path) == [1, 2]
+    assert _iterations(old) == list(range(1, 10))
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
