@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.config import all_flags
-from megatron.flags import Flag
+from megatron.config.flags import Flag
 from megatron.old_flags import OLD_FLAGS, Obsolete, OldFlag, Renamed, Unavailable
 
 _CONFIG_FILE_HELP = (
@@ -22,7 +22,7 @@ _HELP_COLUMN = 38
 _INTRODUCTION = """\
 # Flags
 
-Made from the fields of `megatron/config.py` by `python -m megatron.flag_reference`.
+Made from the fields of `megatron/config/` by `python -m megatron.flag_reference`.
 
 A flag is written `--name value`, or as a line `name: value` in the file that `--config-file` names;
 what stands on the command line wins over the file. Switches take no value; `--fp16 false` turns off

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron.config import SECTIONS, Config, ParallelConfig, all_flags
 from megatron.errors import ConfigError
-from megatron.flags import flags_of, in_interval
+from megatron.config.flags import flags_of, in_interval
 from megatron.validation import CHECKS, validate
 from tests.configs import small, valid_values
 
