@@ -4,28 +4,17 @@ Every tensor and pipeline rank of a data rank reads the same micro-batches by it
 functions of their number, so nothing has to be broadcast.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader
 
 from megatron.data.samplers import MicroBatchSampler
+from megatron.data.samples import Sample, SampleDataset
 
-Sample = Mapping[str, npt.NDArray[Any]]
 Batch = dict[str, torch.Tensor]
-
-
-class SampleDataset(Protocol):
-    """Samples by their number."""
-
-    def __len__(self) -> int:
-        """How many there are."""
-
-    def __getitem__(self, index: int) -> Sample:
-        """Sample `index`, the same in every process."""
 
 
 def collate_samples(samples: Sequence[Sample]) -> Batch:

@@ -46,7 +46,7 @@ class SampleMap:
         return type(self), (self._paths,)  # a process that gets a copy maps the files anew
 
 
-def build_bert_map(
+def build_sentence_map(
     dataset: IndexedDataset,
     documents: range,
     *,

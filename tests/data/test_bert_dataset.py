@@ -1,6 +1,7 @@
 """Properties of BERT's samples."""
 
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.data import BertDataset, build_bert_datasets, max_predictions
+from megatron.data import SampleDataset, build_bert_datasets, max_predictions
 from megatron.data.bert_dataset import truncate
+from megatron.data.build import Splits
 from megatron.errors import ConfigError, DataError
 from tests.data.support import (
     EXAMPLES,
@@ -22,7 +24,7 @@ from tests.data.support import (
     write_dataset,
 )
 
-Sample = dict[str, npt.NDArray[Any]]
+Sample = Mapping[str, npt.NDArray[Any]]
 CLS, SEP, MASK = 2, 3, 4
 
 
@@ -36,7 +38,7 @@ def build(
     samples: tuple[int, int, int] = (200, 20, 0),
     report: Lines | None = None,
     **changes: Any,
-) -> tuple[BertDataset | None, BertDataset | None, BertDataset | None]:
+) -> Splits:
     if documents is not None:
         write_dataset(directory / "d", documents)
     config = data_config(directory / "d", directory, **changes)
@@ -44,7 +46,7 @@ def build(
     return build_bert_datasets(config, tokenizer(directory), samples, report=lines.append)
 
 
-def train(directory: Path, **changes: Any) -> BertDataset:
+def train(directory: Path, **changes: Any) -> SampleDataset:
     """The training dataset of random documents."""
     dataset = build(directory, random_documents(40, seed=3), **changes)[0]
     assert dataset is not None

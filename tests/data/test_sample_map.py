@@ -12,7 +12,7 @@ import pytest
 
 from megatron.data import IndexedDataset
 from megatron.data import sample_map as sample_map_module
-from megatron.data.sample_map import SampleMap, build_bert_map
+from megatron.data.sample_map import SampleMap, build_sentence_map
 from megatron.errors import DataError
 from tests.data.support import random_documents, write_dataset
 
@@ -31,7 +31,7 @@ def dataset(tmp_path: Path) -> IndexedDataset:
 
 def build(dataset: IndexedDataset, cache: Path, samples: int, **changes: Any) -> SampleMap:
     arguments = {"documents": range(30), **RULE, **changes}
-    return build_bert_map(dataset, samples=samples, cache_dir=cache, **arguments)[0]
+    return build_sentence_map(dataset, samples=samples, cache_dir=cache, **arguments)[0]
 
 
 def rows(sample_map: SampleMap, count: int) -> list[list[int]]:
