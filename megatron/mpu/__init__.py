@@ -6,11 +6,14 @@ Read in this order: ``topology`` (which rank is where), ``parallel_state`` (its 
 
 from megatron.mpu.collectives import (
     copy_to_tensor_region,
+    gather_from_sequence_region,
     gather_from_tensor_region,
     reduce_from_tensor_region,
+    reduce_scatter_to_sequence_region,
     scatter_to_tensor_region,
 )
 from megatron.mpu.cross_entropy import vocab_parallel_cross_entropy
+from megatron.mpu.deferral import defer_weight_gradients
 from megatron.mpu.getters import (
     destroy_model_parallel,
     get_data_parallel_group,
@@ -40,8 +43,9 @@ from megatron.mpu.layers import (
     parallel_lm_logits,
 )
 from megatron.mpu.parallel_state import Axis, ParallelState
+from megatron.mpu.recompute import recompute
 from megatron.mpu.shard_spec import Rectangle, ShardSpec
-from megatron.mpu.stage import Stage, stages
+from megatron.mpu.stage import Stage, encoder_decoder_stages, stages
 from megatron.mpu.topology import Coordinates, Topology
 
 __all__ = [
@@ -56,7 +60,10 @@ __all__ = [
     "Topology",
     "VocabParallelEmbedding",
     "copy_to_tensor_region",
+    "defer_weight_gradients",
     "destroy_model_parallel",
+    "encoder_decoder_stages",
+    "gather_from_sequence_region",
     "gather_from_tensor_region",
     "get_data_parallel_group",
     "get_data_parallel_rank",
@@ -78,7 +85,9 @@ __all__ = [
     "is_rank_in_position_embedding_group",
     "model_parallel_is_initialized",
     "parallel_lm_logits",
+    "recompute",
     "reduce_from_tensor_region",
+    "reduce_scatter_to_sequence_region",
     "scatter_to_tensor_region",
     "stages",
     "vocab_parallel_cross_entropy",

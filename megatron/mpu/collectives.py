@@ -2,7 +2,10 @@
 
 A tensor-parallel block is entered through :func:`copy_to_tensor_region` and left through
 :func:`reduce_from_tensor_region`; they are each other's adjoints (arXiv 1909.08053, figure 3,
-operators f and g). Over an axis of size 1 nothing is communicated and nothing is recorded.
+operators f and g). With sequence parallelism the block is entered by an all-gather along the
+sequence and left by a reduce-scatter, which are adjoints, too, and together move no more than one
+all-reduce (arXiv 2205.05198, section 4.2.2). Over an axis of size 1 nothing is communicated and
+nothing is recorded.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron.mpu import direct
+from megatron.mpu.direct import Pending
 from megatron.mpu.parallel_state import Axis
 
 SUM = dist.ReduceOp.SUM
@@ -41,18 +46,63 @@ def broadcast(tensor: torch.Tensor, axis: Axis, source: int = 0) -> torch.Tensor
     return tensor
 
 
+def start_all_gather(tensor: torch.Tensor, axis: Axis, out: torch.Tensor | None = None) -> Pending:
+    """Begin to put the ranks' tensors [n, ...] one behind the other into [n * size, ...].
+
+    ``out``, contiguous, takes the result where it is given; ``tensor`` may be this rank's part
+    of it.
+    """
+    if out is None:
+        out = tensor.new_empty((tensor.size(0) * axis.size, *tensor.shape[1:]))
+    tensor = tensor.contiguous()
+    if axis.size == 1:
+        return Pending(out.copy_(tensor) if out.data_ptr() != tensor.data_ptr() else out)
+    if direct.is_better(axis):
+        return direct.start_all_gather(tensor, axis, out)
+    work = dist.all_gather_into_tensor(out, tensor, group=axis.group, async_op=True)
+    return Pending(out, [work], held=tensor)
+
+
+def start_reduce_scatter(
+    tensor: torch.Tensor, axis: Axis, out: torch.Tensor | None = None
+) -> Pending:
+    """Begin to sum the ranks' tensors [n * size, ...] and give each rank its [n, ...] of the sum.
+
+    ``out``, contiguous, takes the result where it is given; it may be this rank's part of
+    ``tensor``, which is used up.
+    """
+    if out is None:
+        out = tensor.new_empty((tensor.size(0) // axis.size, *tensor.shape[1:]))
+    tensor = tensor.contiguous()
+    if axis.size == 1:
+        return Pending(out.copy_(tensor) if out.data_ptr() != tensor.data_ptr() else out)
+    if direct.is_better(axis):
+        return direct.start_reduce_scatter(tensor, axis, out)
+    work = dist.reduce_scatter_tensor(out, tensor, group=axis.group, async_op=True)
+    return Pending(out, [work], held=tensor)
+
+
+def all_gather(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """[n, ...] on each rank -> [n * size, ...], in the axis' order."""
+    return tensor if axis.size == 1 else start_all_gather(tensor, axis).wait()
+
+
+def reduce_scatter(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """[n * size, ...] on each rank -> this rank's [n, ...] of the sum."""
+    return tensor if axis.size == 1 else start_reduce_scatter(tensor, axis).wait()
+
+
 def all_gather_last_dim(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """[..., n] on each rank -> [..., n * size], in the axis' order."""
     if axis.size == 1:
         return tensor
-    pieces = [torch.empty_like(tensor) for _ in range(axis.size)]
-    dist.all_gather(pieces, tensor.contiguous(), group=axis.group)
-    return torch.cat(pieces, dim=-1)
+    pieces = all_gather(tensor.unsqueeze(0), axis)
+    return pieces.movedim(0, -2).flatten(-2)
 
 
-def own_piece(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """[..., n * size] -> this rank's [..., n]."""
-    return tensor.chunk(axis.size, dim=-1)[axis.rank]
+def own_piece(tensor: torch.Tensor, axis: Axis, dim: int = -1) -> torch.Tensor:
+    """This rank's part of ``tensor`` cut along ``dim``: [..., n * size] -> [..., n]."""
+    return tensor.chunk(axis.size, dim=dim)[axis.rank]
 
 
 class _Copy(torch.autograd.Function):
@@ -100,6 +150,30 @@ class _Scatter(torch.autograd.Function):
         return all_gather_last_dim(grad, ctx.axis), None
 
 
+class _GatherSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis, whole_gradient: bool) -> torch.Tensor:
+        ctx.axis, ctx.whole_gradient = axis, whole_gradient
+        return all_gather(tensor, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        if ctx.whole_gradient:
+            return own_piece(grad, ctx.axis, dim=0).contiguous(), None, None
+        return reduce_scatter(grad, ctx.axis), None, None
+
+
+class _ReduceScatterSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return reduce_scatter(tensor, axis)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return all_gather(grad, ctx.axis), None
+
+
 def copy_to_tensor_region(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """Identity; the gradient is summed over the axis."""
     return tensor if axis.size == 1 else _Copy.apply(tensor, axis)
@@ -118,3 +192,19 @@ def gather_from_tensor_region(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
 def scatter_to_tensor_region(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """[..., n * size] -> this rank's [..., n]; the gradient's pieces are gathered."""
     return tensor if axis.size == 1 else _Scatter.apply(tensor, axis)
+
+
+def gather_from_sequence_region(
+    tensor: torch.Tensor, axis: Axis, *, whole_gradient: bool
+) -> torch.Tensor:
+    """[s / size, ...] -> [s, ...].
+
+    ``whole_gradient``: every rank computes the same with the result, and so has the whole of its
+    gradient, not a term of it.
+    """
+    return tensor if axis.size == 1 else _GatherSequence.apply(tensor, axis, whole_gradient)
+
+
+def reduce_scatter_to_sequence_region(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """[s, ...] -> this rank's [s / size, ...] of the sum; the gradient's pieces are gathered."""
+    return tensor if axis.size == 1 else _ReduceScatterSequence.apply(tensor, axis)

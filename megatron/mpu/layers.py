@@ -6,14 +6,21 @@ rows that the second wants::
 
     Y = f(X A) B,   A = [A_0 | A_1],   B = [B_0 ; B_1],   Y = sum_r f(X A_r) B_r
 
+With sequence parallelism (arXiv 2205.05198) each rank holds s/t positions between such blocks: the
+column-parallel product begins with an all-gather and the row-parallel one ends with a
+reduce-scatter. The gathered input is not held for the backward pass but gathered once more, beside
+the product that makes the input's gradient.
+
 Gradients of the weights are added straight into ``weight.main_grad`` where the optimizer has laid
-a flat buffer under it, so that no temporary gradient exists and no second pass adds it up.
+a flat buffer under it, so that no temporary gradient exists and no second pass adds it up. A split
+backward pass leaves them for later (`megatron.mpu.deferral`).
 
 Letters: s sequence, b micro-batch, h hidden, n any leading dims flattened, t tensor size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,11 +28,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron.mpu.collectives import (
+    all_gather,
     gather_from_tensor_region,
     reduce_from_tensor_region,
+    reduce_scatter_to_sequence_region,
     scatter_to_tensor_region,
+    start_all_gather,
     start_all_reduce,
+    start_reduce_scatter,
 )
+from megatron.mpu.deferral import current_deferral
 from megatron.mpu.init import InitMethod, create_parameter, zeros
 from megatron.mpu.parallel_state import Axis, ParallelState
 from megatron.mpu.shard_spec import ShardSpec
@@ -55,8 +67,30 @@ def _weight_gradient(
     return None
 
 
+def _leave_weight_gradient(
+    weight: nn.Parameter, grad_output: torch.Tensor, x: torch.Tensor, gather_axis: Axis | None
+) -> bool:
+    """Defer the weight's gradient where the backward pass is split; whether it was."""
+    deferred = current_deferral()
+    if deferred is None:
+        return False
+
+    def product() -> None:
+        total_input = x if gather_axis is None else all_gather(x, gather_axis)
+        gradient = _weight_gradient(weight, grad_output, _flatten(total_input))
+        if gradient is not None:
+            weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
+
+    deferred.add(weight, product)
+    return True
+
+
 class _Linear(torch.autograd.Function):
-    """x W^T + b whose input gradient is reduced over an axis while the weight's is computed."""
+    """x W^T + b whose input gradient is reduced over an axis while the weight's is computed.
+
+    With ``split_sequence`` x is this rank's part of the sequence: gathered over the axis first, and
+    its gradient reduced and scattered, in place of reduced.
+    """
 
     @staticmethod
     def forward(
@@ -65,39 +99,70 @@ class _Linear(torch.autograd.Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         grad_axis: Axis | None,
+        split_sequence: bool,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.grad_axis = grad_axis
+        ctx.grad_axis, ctx.split_sequence = grad_axis, split_sequence
+        if split_sequence:
+            assert grad_axis is not None
+            x = all_gather(x, grad_axis)
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
-        need_input, need_weight, need_bias, _ = ctx.needs_input_grad
+        need_input, need_weight, need_bias, _, _ = ctx.needs_input_grad
+        gather_axis = ctx.grad_axis if ctx.split_sequence else None
         grads = _flatten(grad_output)
-        grad_input = grad_weight = grad_bias = work = None
+        grad_weight = gathered = finish = None
+        deferred = need_weight and _leave_weight_gradient(weight, grads, x, gather_axis)
+        if need_weight and not deferred and gather_axis is not None:
+            gathered = start_all_gather(x, gather_axis)
         if need_input:
-            grad_input = (grads @ weight).view(x.shape)
-            if ctx.grad_axis is not None:
-                work = start_all_reduce(grad_input, ctx.grad_axis)
-        if need_weight:
-            grad_weight = _weight_gradient(weight, grads, _flatten(x))
-        if need_bias:
-            grad_bias = grads.sum(dim=0)
+            finish = _start_input_gradient(ctx, grads @ weight, grad_output)
+        if need_weight and not deferred:
+            total_input = x if gathered is None else gathered.wait()
+            grad_weight = _weight_gradient(weight, grads, _flatten(total_input))
+        grad_bias = grads.sum(dim=0) if need_bias else None
+        grad_input = None if finish is None else finish()
+        return grad_input, grad_weight, grad_bias, None, None
+
+
+def _start_input_gradient(
+    ctx: Any, grad_input: torch.Tensor, grad_output: torch.Tensor
+) -> Callable[[], torch.Tensor]:
+    """Begin to reduce the input's gradient; what is returned waits for it."""
+    grad_input = grad_input.view(*grad_output.shape[:-1], -1)
+    if ctx.grad_axis is None:
+        return lambda: grad_input
+    if ctx.split_sequence:
+        return start_reduce_scatter(grad_input, ctx.grad_axis).wait
+    work = start_all_reduce(grad_input, ctx.grad_axis)
+
+    def finish() -> torch.Tensor:
         if work is not None:
             work.wait()
-        return grad_input, grad_weight, grad_bias, None
+        return grad_input
+
+    return finish
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, grad_axis: Axis | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    grad_axis: Axis | None = None,
+    *,
+    split_sequence: bool = False,
 ) -> torch.Tensor:
     """x W^T + b: [..., in], [out, in], [out] -> [..., out].
 
     With ``grad_axis`` the input's gradient is summed over that axis, as where a block that is
-    split over it begins.
+    split over it begins. With ``split_sequence`` as well, x is [s / t, ..., in], this rank's part
+    of a sequence split over that axis, and the result [s, ..., out].
     """
-    return _Linear.apply(x, weight, bias, grad_axis)
+    split_sequence = split_sequence and grad_axis is not None and grad_axis.size > 1
+    return _Linear.apply(x, weight, bias, grad_axis, split_sequence)
 
 
 class _EmbeddingLookup(torch.autograd.Function):
@@ -142,6 +207,7 @@ class VocabParallelEmbedding(nn.Module):
         embedding_dim: h.
         padded: number of rows with padding, divisible by the tensor size.
         tied_to: name of the embedding on another stage that this one is a copy of.
+        sequence_parallel: whether each rank gets its part of the sequence, the ids' first dim.
     """
 
     def __init__(
@@ -155,9 +221,11 @@ class VocabParallelEmbedding(nn.Module):
         dtype: torch.dtype,
         padded: int | None = None,
         tied_to: str | None = None,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.axis = state.tensor
+        self.sequence_parallel = sequence_parallel
         spec = ShardSpec(
             f"{name}.weight",
             (num_embeddings, embedding_dim),
@@ -168,7 +236,7 @@ class VocabParallelEmbedding(nn.Module):
         self.weight = _new(spec, state, init_method, dtype)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """i64[...] -> [..., h]"""
+        """i64[s, ...] -> [s, ..., h], or [s / t, ..., h] with sequence parallelism"""
         if self.axis.size == 1:
             return embedding_lookup(ids, self.weight)
         rows = self.weight.size(0)
@@ -176,6 +244,8 @@ class VocabParallelEmbedding(nn.Module):
         elsewhere = (local < 0) | (local >= rows)
         output = embedding_lookup(local.masked_fill(elsewhere, 0), self.weight)
         output = output.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        if self.sequence_parallel:
+            return reduce_scatter_to_sequence_region(output, self.axis)
         return reduce_from_tensor_region(output, self.axis)
 
 
@@ -185,6 +255,7 @@ class ColumnParallelLinear(nn.Module):
     Args:
         blocks: sizes of the blocks of the output that are split one by one (see ShardSpec).
         gather_output: whether every rank gets all of y, or the part that it computed.
+        sequence_parallel: whether x is this rank's part of the sequence, its first dim.
     """
 
     def __init__(
@@ -199,10 +270,12 @@ class ColumnParallelLinear(nn.Module):
         bias: bool = True,
         blocks: tuple[int, ...] = (),
         gather_output: bool = False,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.axis = state.tensor
         self.gather_output = gather_output
+        self.sequence_parallel = sequence_parallel
         weight = ShardSpec(f"{name}.weight", (output_size, input_size), dim=0, blocks=blocks)
         self.weight = _new(weight, state, init_method, dtype)
         self.bias = None
@@ -212,7 +285,9 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out / t], or [..., out] gathered"""
-        y = linear(x, self.weight, self.bias, grad_axis=self.axis)
+        y = linear(
+            x, self.weight, self.bias, grad_axis=self.axis, split_sequence=self.sequence_parallel
+        )
         return gather_from_tensor_region(y, self.axis) if self.gather_output else y
 
 
@@ -221,6 +296,7 @@ class RowParallelLinear(nn.Module):
 
     Args:
         input_is_parallel: whether x already is this rank's part.
+        sequence_parallel: whether each rank gets its part of the sequence, the first dim of y.
     """
 
     def __init__(
@@ -234,38 +310,50 @@ class RowParallelLinear(nn.Module):
         dtype: torch.dtype,
         bias: bool = True,
         input_is_parallel: bool = True,
+        sequence_parallel: bool = False,
     ) -> None:
         super().__init__()
         self.axis = state.tensor
         self.input_is_parallel = input_is_parallel
+        self.sequence_parallel = sequence_parallel
         weight = ShardSpec(f"{name}.weight", (output_size, input_size), dim=1)
         self.weight = _new(weight, state, init_method, dtype)
         self.bias = None
         if bias:
             # Whole on every rank: it is added once, after the sum.
-            spec = ShardSpec(f"{name}.bias", (output_size,))
+            partial = sequence_parallel and state.tensor.size > 1
+            spec = ShardSpec(f"{name}.bias", (output_size,), partial=partial)
             self.bias = _new(spec, state, zeros, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in / t], or [..., in] where the input is whole -> [..., out]"""
+        """[s, ..., in / t], or [s, ..., in] where x is whole -> [s or s / t, ..., out]"""
         if not self.input_is_parallel:
             x = scatter_to_tensor_region(x, self.axis)
         if self.axis.size == 1:
             return linear(x, self.weight, self.bias)
-        y = reduce_from_tensor_region(linear(x, self.weight, None), self.axis)
+        y = linear(x, self.weight, None)
+        if self.sequence_parallel:
+            y = reduce_scatter_to_sequence_region(y, self.axis)
+        else:
+            y = reduce_from_tensor_region(y, self.axis)
         return y if self.bias is None else y + self.bias
 
 
 def parallel_lm_logits(
-    x: torch.Tensor, word_embeddings_weight: torch.Tensor, axis: Axis, bias: torch.Tensor | None
+    x: torch.Tensor,
+    word_embeddings_weight: torch.Tensor,
+    axis: Axis,
+    bias: torch.Tensor | None,
+    *,
+    sequence_parallel: bool = False,
 ) -> torch.Tensor:
     """Logits of this rank's part of the vocabulary from the (tied) word embeddings.
 
     Args:
-        x: [..., h], the same on all tensor ranks.
+        x: [..., h], the same on all tensor ranks; with ``sequence_parallel`` [s / t, ..., h].
         word_embeddings_weight: [v / t, h]; bias: [v / t].
 
     Returns:
-        [..., v / t].
+        [..., v / t]; with ``sequence_parallel`` of the whole sequence, [s, ..., v / t].
     """
-    return linear(x, word_embeddings_weight, bias, grad_axis=axis)
+    return linear(x, word_embeddings_weight, bias, grad_axis=axis, split_sequence=sequence_parallel)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 
@@ -24,6 +25,14 @@ def stream_seed(*parts: object) -> int:
     """A 63-bit seed that depends on all of ``parts``; equal parts give equal seeds everywhere."""
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+class Snapshot(NamedTuple):
+    """Where both streams stand."""
+
+    common: torch.Tensor
+    split_state: torch.Tensor | None
+    split_seed: int | None
 
 
 class RandomStreams:
@@ -47,6 +56,24 @@ class RandomStreams:
         self._seed_default(stream_seed("common", *common))
         self._split_state = None
         self._split_seed = stream_seed("split", *common, place.tensor)
+
+    def snapshot(self) -> Snapshot:
+        """Where the streams stand, to draw the same numbers again from there."""
+        return Snapshot(self._get_state(), self._split_state, self._split_seed)
+
+    @contextmanager
+    def replayed(self, snapshot: Snapshot) -> Iterator[None]:
+        """Draw again what was drawn since ``snapshot``; then the streams go on as before."""
+        before = self.snapshot()
+        self._restore(snapshot)
+        try:
+            yield
+        finally:
+            self._restore(before)
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        self._set_state(snapshot.common)
+        self._split_state, self._split_seed = snapshot.split_state, snapshot.split_seed
 
     @contextmanager
     def split_region(self) -> Iterator[None]:

@@ -40,13 +40,17 @@ class Coordinates:
 class Topology:
     """The rank grid of ``world_size`` processes.
 
+    ``split`` is the first pipeline rank of an encoder-decoder's decoder, None for other models.
+
     Raises:
-        ValueError: a size is not positive, or the world does not divide into whole models.
+        ValueError: a size is not positive, the world does not divide into whole models, or the
+            split leaves the encoder or the decoder without a rank of its own.
     """
 
     world_size: int
     tensor: int = 1
     pipeline: int = 1
+    split: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("world_size", "tensor", "pipeline"):
@@ -56,6 +60,11 @@ class Topology:
             raise ValueError(
                 f"world size {self.world_size} is not divisible by "
                 f"tensor {self.tensor} x pipeline {self.pipeline}"
+            )
+        if self.split is not None and not 0 < self.split < self.pipeline:
+            raise ValueError(
+                f"split {self.split} is not between 1 and {self.pipeline - 1}, "
+                f"the last of {self.pipeline} pipeline ranks"
             )
 
     @property
@@ -111,12 +120,14 @@ class Topology:
         )
 
     def embedding_groups(self) -> Groups:
-        """Ranks that hold a copy of the word embedding: first and last stage of each pipeline."""
-        return tuple(
-            (group[0],) if len(group) == 1 else (group[0], group[-1])
-            for group in self.pipeline_groups()
-        )
+        """Ranks that hold the word embedding: first, first of the decoder and last stage."""
+        return self._at_stages(0, self.split, self.pipeline - 1)
 
     def position_embedding_groups(self) -> Groups:
-        """Ranks that hold a copy of the position embedding: the first stage of each pipeline."""
-        return tuple((group[0],) for group in self.pipeline_groups())
+        """Ranks that hold the position embedding: first stage and first of the decoder."""
+        return self._at_stages(0, self.split)
+
+    def _at_stages(self, *stages: int | None) -> Groups:
+        """The ranks of each pipeline at these stages, each once."""
+        places = sorted({stage for stage in stages if stage is not None})
+        return tuple(tuple(group[p] for p in places) for group in self.pipeline_groups())
