@@ -34,7 +34,7 @@ from megatron.data.indexed_dataset import build_indexed_dataset, token_dtype
 from megatron.data.jsonl import parse_line, read_lines
 from megatron.data.progress import Progress
 from megatron.data.sentences import split_sentences
-from megatron.errors import DataError, run_command
+from megatron.errors import ConfigError, DataError, run_command
 from megatron.tokenizer import TOKENIZER_TYPES, Tokenizer, load_tokenizer
 
 BLOCK_BYTES = 1 << 18
@@ -59,16 +59,19 @@ class Encoder:
     tokenizer_type: str
     vocab_file: str | None
     merge_file: str | None
+    tokenizer_model: str | None
     keys: tuple[str, ...]
     split_sentences: bool
     keep_newlines: bool
     append_eod: bool
 
     def load(self) -> Tokenizer:
-        """The tokenizer, with the end-of-document token looked up where it is needed."""
-        tokenizer = load_tokenizer(self.tokenizer_type, self.vocab_file, self.merge_file)
-        if self.append_eod:
-            _ = tokenizer.eod
+        """The tokenizer; raises ConfigError where it lacks an end-of-document token to append."""
+        tokenizer = load_tokenizer(
+            self.tokenizer_type, self.vocab_file, self.merge_file, self.tokenizer_model
+        )
+        if self.append_eod and tokenizer.eod is None:
+            raise ConfigError(f"--append-eod: {tokenizer.files[0]} has no token that ends a text")
         return tokenizer
 
     def encode(self, tokenizer: Tokenizer, lines: Lines) -> list[Encoded]:
@@ -79,13 +82,14 @@ class Encoder:
     def _encode_texts(self, tokenizer: Tokenizer, texts: Sequence[str]) -> Encoded:
         pieces = [self._sequences(text) for text in texts]
         ids = iter(tokenizer.tokenize_batch([piece for document in pieces for piece in document]))
+        eod = tokenizer.eod if self.append_eod else None
         sequences: list[list[int]] = []
         counts: list[int] = []
         for document in pieces:
             encoded = [tokens for tokens in (next(ids) for _ in document) if tokens]
             if encoded:
-                if self.append_eod:
-                    encoded[-1].append(tokenizer.eod)
+                if eod is not None:
+                    encoded[-1].append(eod)
                 counts.append(len(encoded))
                 sequences += encoded
         flat = [token for sequence in sequences for token in sequence]
@@ -109,6 +113,7 @@ def main() -> None:
         options.tokenizer_type,
         options.vocab_file,
         options.merge_file,
+        options.tokenizer_model,
         tuple(options.json_keys),
         options.split_sentences,
         options.keep_newlines,
@@ -154,6 +159,7 @@ def parse_options() -> argparse.Namespace:
     add("--keep-newlines", action="store_true", help="leave line breaks behind their sentence")
     add("--vocab-file", help="vocabulary: vocab.txt or vocab.json")
     add("--merge-file", help="merge rules of byte-pair encoding")
+    add("--tokenizer-model", help="model of the SentencePiece tokenizer")
     add("--append-eod", action="store_true", help="end each document with its special token")
     add("--dataset-impl", choices=("mmap",), help="obsolete, there is no other kind")
     add("--workers", type=int, default=1, help="processes that make tokens")

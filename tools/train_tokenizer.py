@@ -23,7 +23,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 
 from megatron.data.jsonl import parse_line, read_lines
 from megatron.errors import DataError, run_command
-from megatron.tokenizer import Tokenizer, byte_level, load_byte_level, load_wordpiece, wordpiece
+from megatron.tokenizer import FastTokenizer, byte_level, load_byte_level, load_wordpiece, wordpiece
 
 MAX_ALPHABET = 1000
 MIN_FREQUENCY = 2
@@ -62,7 +62,7 @@ def read_texts(paths: Sequence[Path], keys: Sequence[str]) -> Iterator[str]:
 
 def train_wordpiece(
     texts: Iterable[str], vocab_size: int, cased: bool, directory: Path
-) -> Tokenizer:
+) -> FastTokenizer:
     """A WordPiece tokenizer of at most `vocab_size` tokens, its vocabulary in `directory`."""
     special = list(wordpiece.SPECIAL.values())
     backend = wordpiece.wordpiece_backend(
@@ -87,7 +87,7 @@ def train_wordpiece(
     return load_wordpiece(directory / "vocab.txt", lower_case=not cased)
 
 
-def train_byte_level(texts: Iterable[str], vocab_size: int, directory: Path) -> Tokenizer:
+def train_byte_level(texts: Iterable[str], vocab_size: int, directory: Path) -> FastTokenizer:
     """A byte-level BPE tokenizer of at most `vocab_size` tokens, its vocabulary in `directory`."""
     special = list(byte_level.SPECIAL.values())
     backend = byte_level.byte_level_backend({}, [])

@@ -8,14 +8,16 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from megatron.errors import DataError
-from megatron.tokenizer.tokenizer import Tokenizer
+from megatron.tokenizer.fast import FastTokenizer
 from megatron.tokenizer.vocabulary import read_text, require_special
 
 SPECIAL = {"eod": "<|endoftext|>"}
+# GPT-2 has but this one, which also opens, ends and fills up where a model needs such a token.
+ROLES = ("eod", "bos", "eos", "pad")
 SPACE = "Ġ"  # the letter that stands for the byte of a space
 
 
-def load_byte_level(vocab_file: Path, merge_file: Path) -> Tokenizer:
+def load_byte_level(vocab_file: Path, merge_file: Path) -> FastTokenizer:
     """The tokenizer of a `vocab.json` (ids by token) and a `merges.txt` (pairs in merging order).
 
     Raises DataError where a file is missing or damaged, or the two do not belong together.
@@ -26,10 +28,10 @@ def load_byte_level(vocab_file: Path, merge_file: Path) -> Tokenizer:
     tokens = sorted(ids, key=ids.__getitem__)
     special = set(SPECIAL.values())
     name = SPECIAL["eod"]
-    return Tokenizer(
+    return FastTokenizer(
         type="GPT2BPETokenizer",
         backend=byte_level_backend(ids, merges),
-        special=SPECIAL,
+        special=dict.fromkeys(ROLES, name),
         starts_word=np.array([token.startswith(SPACE) or token in special for token in tokens]),
         files=(vocab_file, merge_file),
         settings={

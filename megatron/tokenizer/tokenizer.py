@@ -1,47 +1,71 @@
-"""What every tokenizer offers, over the `tokenizers` library.
+"""What every tokenizer offers: text to ids and back, and the ids with a role of their own.
 
 The text of a special token that stands in a document ("[MASK]") is ordinary text here: data cannot
-smuggle in control tokens. The saved `tokenizer.json` recognises them, as its users expect.
+smuggle in control tokens.
+
+Sentinels are tokens behind the vocabulary that no text becomes: T5 marks masked spans with them.
 """
 
-import copy
-import json
-import tempfile
+import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
-import tokenizers
-from tokenizers import AddedToken
-from tokenizers.processors import TemplateProcessing
 
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, DataError
+
+
+def sentinel_text(number: int) -> str:
+    """How sentinel `number`, from 0 on, is written."""
+    return f"<extra_id_{number}>"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tokenizer:
+class Tokenizer(ABC):
     """A vocabulary and the rules to cut text by it.
 
-    type: the value of --tokenizer-type; special: text of each special token by its role, such as
-    {"mask": "[MASK]"}; files: the vocabulary files, which an export or a checkpoint carries along;
-    starts_word: bool [vocab_size], False for tokens that continue a word; settings: what stock
-    `transformers` has to know to load the vocabulary.
+    type: the value of --tokenizer-type; special: text of the special token of each role, such as
+    {"mask": "[MASK]"}, where one token may have several roles; files: the vocabulary files, which
+    an export or a checkpoint carries along; starts_word: bool [vocab_size], False for tokens that
+    continue a word; settings: what stock `transformers` has to know to load the vocabulary;
+    sentinels: their ids, ascending.
     """
 
     type: str
-    backend: tokenizers.Tokenizer
     special: Mapping[str, str]
     starts_word: npt.NDArray[np.bool_]
     files: tuple[Path, ...]
-    settings: Mapping[str, Any]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    sentinels: tuple[int, ...] = ()
+
+    @abstractmethod
+    def token_id(self, text: str) -> int | None:
+        """The id of a token of the vocabulary by its text; None where it has no such token."""
+
+    @abstractmethod
+    def tokenize(self, text: str) -> list[int]:
+        """The token ids of a text, without special tokens."""
+
+    @abstractmethod
+    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The token ids of each text; faster than one by one."""
+
+    @abstractmethod
+    def detokenize(self, ids: Sequence[int]) -> str:
+        """The text of token ids, special tokens and sentinels included."""
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Write the vocabulary as the programs read it that know its kind."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, before any padding."""
-        return self.backend.get_vocab_size(with_added_tokens=False)
+        """Number of tokens, sentinels included, before any padding."""
+        return len(self.starts_word)
 
     @property
     def cls(self) -> int:
@@ -64,59 +88,45 @@ class Tokenizer:
         return self._special("pad")
 
     @property
-    def eod(self) -> int:
-        """Id of the token that ends a document."""
-        return self._special("eod")
+    def bos(self) -> int:
+        """Id of the token that a decoder starts from."""
+        return self._special("bos")
+
+    @property
+    def eos(self) -> int:
+        """Id of the token that ends what a decoder writes."""
+        return self._special("eos")
+
+    @property
+    def eod(self) -> int | None:
+        """Id of the token that ends a document; None where the vocabulary has none."""
+        return self._special("eod") if "eod" in self.special else None
 
     @property
     def special_ids(self) -> list[int]:
-        """Ids of all special tokens, ascending."""
-        return sorted(self._special(role) for role in self.special)
+        """Ids of all special tokens and sentinels, ascending."""
+        return sorted({*map(self._special, self.special), *self.sentinels})
 
-    def tokenize(self, text: str) -> list[int]:
-        """The token ids of a text, without special tokens."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+    def with_sentinels(self, count: int) -> Self:
+        """This tokenizer with so many sentinels, their ids those behind the vocabulary's.
 
-    def tokenize_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The token ids of each text; faster than one by one."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
-
-    def detokenize(self, ids: Sequence[int]) -> str:
-        """The text of token ids, special tokens included."""
-        return self.backend.decode(list(ids), skip_special_tokens=False)
-
-    def save(self, directory: Path) -> None:
-        """Write the vocabulary with `tokenizer.json` and its settings for stock `transformers`."""
-        directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".part-", dir=directory) as aside:
-            self._write(Path(aside))
-            for file in sorted(Path(aside).iterdir()):
-                file.replace(directory / file.name)
-
-    def _write(self, directory: Path) -> None:
-        self.backend.model.save(str(directory))
-        complete = copy.deepcopy(self.backend)
-        complete.add_special_tokens(
-            [AddedToken(text, special=True, normalized=False) for text in self.special.values()]
-        )
-        if "cls" in self.special:
-            complete.post_processor = self._bert_template()
-        complete.save(str(directory / "tokenizer.json"))
-        settings = json.dumps(dict(self.settings), indent=2, ensure_ascii=False)
-        (directory / "tokenizer_config.json").write_text(settings + "\n", encoding="utf-8")
-
-    def _bert_template(self) -> TemplateProcessing:
-        cls, sep = self.special["cls"], self.special["sep"]
-        return TemplateProcessing(
-            single=f"{cls} $A {sep}",
-            pair=f"{cls} $A {sep} $B:1 {sep}:1",
-            special_tokens=[(cls, self.cls), (sep, self.sep)],
+        Raises DataError where the vocabulary holds the text of one.
+        """
+        known = [t for t in map(sentinel_text, range(count)) if self.token_id(t) is not None]
+        if known:
+            raise DataError(
+                f"{self.files[0]}: holds {known[0]}, which --vocab-extra-ids {count} would add"
+            )
+        first = self.vocab_size
+        return dataclasses.replace(
+            self,
+            sentinels=tuple(range(first, first + count)),
+            starts_word=np.append(self.starts_word, np.ones(count, np.bool_)),
         )
 
     def _special(self, role: str) -> int:
         if role not in self.special:
             raise ConfigError(f"--tokenizer-type {self.type} has no {role} token")
-        token = self.backend.token_to_id(self.special[role])
+        token = self.token_id(self.special[role])
         assert token is not None  # the loaders refuse a vocabulary without it
         return token

@@ -7,14 +7,16 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from megatron.errors import DataError
-from megatron.tokenizer.tokenizer import Tokenizer
+from megatron.tokenizer.fast import FastTokenizer
 from megatron.tokenizer.vocabulary import read_text, require_special
 
 CONTINUATION = "##"
 SPECIAL = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
+# What opens and ends the text of an encoder serves a decoder and documents as well.
+MORE_ROLES = {"bos": SPECIAL["cls"], "eos": SPECIAL["sep"], "eod": SPECIAL["sep"]}
 
 
-def load_wordpiece(vocab_file: Path, *, lower_case: bool) -> Tokenizer:
+def load_wordpiece(vocab_file: Path, *, lower_case: bool) -> FastTokenizer:
     """The tokenizer of a `vocab.txt`, which holds one token a line, in the order of ids.
 
     Raises DataError where the file is missing, repeats a token or lacks a special one.
@@ -31,10 +33,10 @@ def load_wordpiece(vocab_file: Path, *, lower_case: bool) -> Tokenizer:
         ids[token] = index
     require_special(vocab_file, ids, SPECIAL.values())
     names = {f"{role}_token": text for role, text in SPECIAL.items()}
-    return Tokenizer(
+    return FastTokenizer(
         type="BertWordPieceLowerCase" if lower_case else "BertWordPieceCase",
         backend=wordpiece_backend(ids, lower_case=lower_case),
-        special=SPECIAL,
+        special=SPECIAL | MORE_ROLES,
         starts_word=np.array([not token.startswith(CONTINUATION) for token in tokens]),
         files=(vocab_file,),
         settings={"tokenizer_class": "BertTokenizer", "do_lower_case": lower_case, **names},

@@ -7,9 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron.config import DataConfig
+from megatron.config.flags import flags_of
 from megatron.errors import ConfigError, DataError
 from megatron.tokenizer import (
-    Tokenizer,
+    TOKENIZER_TYPES,
+    FastTokenizer,
     build_tokenizer,
     load_byte_level,
     load_tokenizer,
@@ -43,7 +46,7 @@ def byte_level_files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Pa
     return directory / "vocab.json", directory / "merges.txt"
 
 
-def pieces(tokenizer: Tokenizer, text: str) -> list[str]:
+def pieces(tokenizer: FastTokenizer, text: str) -> list[str]:
     return [str(tokenizer.backend.id_to_token(i)) for i in tokenizer.tokenize(text)]
 
 
@@ -61,7 +64,7 @@ def test_wordpiece_takes_the_longest_pieces(vocab_txt: Path) -> None:
 
 
 def test_case_is_kept_on_request(vocab_txt: Path) -> None:
-    cased = load_tokenizer("BertWordPieceCase", str(vocab_txt), None)
+    cased = load_wordpiece(vocab_txt, lower_case=False)
     assert pieces(cased, "Run unwanted") == ["Run", "un", "##want", "##ed"]
     assert pieces(load_wordpiece(vocab_txt, lower_case=True), "Run") == ["[UNK]"]
 
@@ -105,13 +108,63 @@ def test_byte_level_merges_in_order(byte_level_files: tuple[Path, Path]) -> None
     assert sorted(starts) == ["<|endoftext|>", "Ġ", "Ġw"]
 
 
-def test_a_token_that_a_tokenizer_lacks_is_named(
+def test_every_tokenizer_begins_and_ends_texts(
     vocab_txt: Path, byte_level_files: tuple[Path, Path]
 ) -> None:
+    wordpiece = load_wordpiece(vocab_txt, lower_case=True)
+    assert (wordpiece.bos, wordpiece.eos, wordpiece.eod) == (2, 3, 3)  # [CLS], [SEP], [SEP]
+    byte_level = load_byte_level(*byte_level_files)
+    assert byte_level.special_ids == [260]
+    assert {byte_level.bos, byte_level.eos, byte_level.eod, byte_level.pad} == {260}
+
+
+def test_a_token_that_a_tokenizer_lacks_is_named(byte_level_files: tuple[Path, Path]) -> None:
     with pytest.raises(ConfigError, match="--tokenizer-type GPT2BPETokenizer has no mask token"):
         _ = load_byte_level(*byte_level_files).mask
-    with pytest.raises(ConfigError, match="BertWordPieceLowerCase has no eod token"):
-        _ = load_wordpiece(vocab_txt, lower_case=True).eod
+
+
+def test_sentinels_stand_behind_the_vocabulary(
+    vocab_txt: Path, byte_level_files: tuple[Path, Path]
+) -> None:
+    for plain in (load_wordpiece(vocab_txt, lower_case=True), load_byte_level(*byte_level_files)):
+        words = plain.vocab_size
+        tokenizer = plain.with_sentinels(3)
+        assert plain.sentinels == ()
+        assert tokenizer.sentinels == (words, words + 1, words + 2)
+        assert tokenizer.vocab_size == len(tokenizer.starts_word) == words + 3
+        assert tokenizer.starts_word[words:].all()
+        assert tokenizer.special_ids == [*plain.special_ids, *tokenizer.sentinels]
+        text = "<extra_id_1> want"  # no text becomes a sentinel
+        assert tokenizer.tokenize(text) == plain.tokenize(text)
+        assert plain.with_sentinels(0).vocab_size == words
+
+
+def test_sentinels_are_written_where_they_stand(
+    vocab_txt: Path, byte_level_files: tuple[Path, Path]
+) -> None:
+    wordpiece = load_wordpiece(vocab_txt, lower_case=True).with_sentinels(2)
+    first, second = wordpiece.sentinels
+    ids = [first, *wordpiece.tokenize("running"), second, *wordpiece.tokenize("want")]
+    assert wordpiece.detokenize(ids) == "<extra_id_0> running <extra_id_1> want"
+    byte_level = load_byte_level(*byte_level_files).with_sentinels(2)
+    ids = [*byte_level.tokenize("hello"), byte_level.sentinels[1], *byte_level.tokenize(" you")]
+    assert byte_level.detokenize(ids) == "hello<extra_id_1> you"
+
+
+def test_a_vocabulary_that_holds_sentinels_gets_no_second_ones(tmp_path: Path) -> None:
+    path = tmp_path / "vocab.txt"
+    path.write_text("\n".join([*PIECES, "<extra_id_2>"]))
+    tokenizer = load_wordpiece(path, lower_case=True)
+    assert tokenizer.with_sentinels(2).vocab_size == len(PIECES) + 3
+    message = "vocab.txt: holds <extra_id_2>, which --vocab-extra-ids 5 would add"
+    with pytest.raises(DataError, match=message):
+        tokenizer.with_sentinels(5)
+
+
+def test_the_flags_give_sentinels(vocab_txt: Path) -> None:
+    flags = {"tokenizer_type": "BertWordPieceCase", "vocab_file": str(vocab_txt)}
+    assert build_tokenizer(small(**flags, vocab_extra_ids=7).data).vocab_size == len(PIECES) + 7
+    assert build_tokenizer(small(**flags).data).sentinels == ()
 
 
 @pytest.mark.parametrize("lower_case", [True, False])
@@ -119,13 +172,14 @@ def test_stock_transformers_loads_what_is_saved(
     vocab_txt: Path, tmp_path: Path, lower_case: bool
 ) -> None:
     transformers = pytest.importorskip("transformers")
-    ours = load_wordpiece(vocab_txt, lower_case=lower_case)
+    ours = load_wordpiece(vocab_txt, lower_case=lower_case).with_sentinels(2)
     ours.save(tmp_path / "saved")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
     text = "Unwanted, running Run"
     assert theirs(text)["input_ids"] == [ours.cls, *ours.tokenize(text), ours.sep]
     assert theirs("want [MASK]")["input_ids"][-2] == ours.mask == theirs.mask_token_id
     assert len(theirs) == ours.vocab_size
+    assert theirs.convert_tokens_to_ids("<extra_id_1>") == ours.sentinels[1]
     assert (tmp_path / "saved" / "vocab.txt").read_bytes() == vocab_txt.read_bytes()
 
 
@@ -199,3 +253,14 @@ def test_missing_files_and_flags_are_named(tmp_path: Path, vocab_txt: Path) -> N
         build_tokenizer(small(tokenizer_type="BertWordPieceLowerCase").data)
     with pytest.raises(ConfigError, match="GPT2BPETokenizer needs --merge-file"):
         load_tokenizer("GPT2BPETokenizer", str(vocab_txt), None)
+    with pytest.raises(ConfigError, match="SentencePieceTokenizer needs --tokenizer-model"):
+        load_tokenizer("SentencePieceTokenizer", str(vocab_txt), None)
+
+
+def test_the_flag_takes_the_types_that_there_are(vocab_txt: Path) -> None:
+    flag = next(flag for flag in flags_of(DataConfig) if flag.name == "tokenizer_type")
+    assert flag.choices == TOKENIZER_TYPES
+    for name, text in [("BertWordPieceLowerCase", "RUNNING"), ("BertWordPieceCase", "Run")]:
+        loaded = load_tokenizer(name, str(vocab_txt), None)
+        assert loaded.type == name
+        assert 1 not in loaded.tokenize(text)  # [UNK]

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron.data import IndexedDataset
-from megatron.tokenizer import load_byte_level, load_wordpiece
+from megatron.tokenizer import load_byte_level, load_sentence_piece, load_wordpiece
+from tests.tokenizer.support import train_model
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 TEXTS = [
@@ -122,6 +123,40 @@ def test_byte_pairs_from_text_to_dataset(
         assert tokenizer.detokenize(tokens[:-1]) == TEXTS[i]
 
 
+def test_sentence_pieces_from_text_to_dataset(corpus: Path, tmp_path: Path) -> None:
+    model = train_model(tmp_path)
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
+    flags += output_flags(tmp_path / "d", corpus)
+    succeed("preprocess_data.py", *flags, "--append-eod", "--workers", "2")
+    tokenizer = load_sentence_piece(model)
+    dataset = IndexedDataset(tmp_path / "d_text_document")
+    assert len(dataset) == len(TEXTS)
+    for i in (0, 77, 199):
+        assert dataset[i].tolist() == [*tokenizer.tokenize(TEXTS[i]), tokenizer.eod]
+
+
+def test_a_model_without_an_end_cannot_append_it(corpus: Path, tmp_path: Path) -> None:
+    model = train_model(tmp_path, eos_id=-1)
+    flags = ["--tokenizer-type", "SentencePieceTokenizer", "--tokenizer-model", model]
+    result = run(
+        "preprocess_data.py", *flags, *output_flags(tmp_path / "d", corpus), "--append-eod"
+    )
+    assert result.returncode == 2
+    assert "--append-eod: " in result.stderr and "no token that ends a text" in result.stderr
+    assert not list(tmp_path.glob("d_*"))
+
+
+def test_documents_of_word_pieces_end_with_sep_on_request(
+    corpus: Path, vocabulary: Path, tmp_path: Path
+) -> None:
+    flags = preprocess_flags(vocabulary, tmp_path / "d", corpus)
+    succeed("preprocess_data.py", *flags, "--split-sentences", "--append-eod")
+    dataset = IndexedDataset(tmp_path / "d_text_sentence")
+    ends = {int(dataset[i][-1]) for i in dataset.documents[1:] - 1}
+    assert ends == {load_wordpiece(vocabulary, lower_case=True).sep}
+    assert int(dataset[0][-1]) not in ends
+
+
 def test_newlines_between_sentences_are_kept_on_request(
     byte_level: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -229,7 +264,7 @@ def test_usage_errors_exit_with_two(corpus: Path, vocabulary: Path, tmp_path: Pa
     for wrong, message in [
         (("--workers", "0"), "--workers: 0 is not at least 1"),
         (("--keep-newlines",), "--keep-newlines: needs --split-sentences"),
-        (("--append-eod",), "BertWordPieceLowerCase has no eod token"),
+        (("--tokenizer-type", "SentencePieceTokenizer"), "needs --tokenizer-model"),
         (("--dataset-impl", "lazy"), "--dataset-impl"),
     ]:
         result = run("preprocess_data.py", *flags, *wrong)
