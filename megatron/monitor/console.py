@@ -23,6 +23,7 @@ _FORMATS: dict[str, Callable[[float], str]] = {
     ),
     "iteration_seconds": lambda x: f"{x * 1000:,.1f} ms",
     "skipped": lambda x: f"skipped {x:.0f}",
+    "batch_size": lambda x: f"batch {x:,.0f}",
     "consumed_samples": lambda x: f"{x:,.0f} samples",
 }
 

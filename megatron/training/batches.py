@@ -37,7 +37,7 @@ def _batches(
         micro_batch_size=train.micro_batch_size,
         data_rank=state.data.rank,
         data_size=state.data.size,
-        global_batch_size=trainer.global_batch,
+        global_batch_size=trainer.ramp.full,
         num_workers=num_workers,
         dataloader_type=order,
         seed=train.seed,

@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cached_property
-from pathlib import Path
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from megatron.config import Config
 from megatron.data import build_bert_datasets
-from megatron.model import bert_loss_sums, build_bert, parameter_dtype
+from megatron.model import bert_loss_sums, build_bert
 from megatron.mpu import ParallelState, Stage
-from megatron.pipeline.p2p import TensorSpec
-from megatron.tokenizer import Tokenizer, build_tokenizer
 from megatron.training.flops import bert_flops_per_sample
+from megatron.training.pretraining import Pretraining
 from megatron.training.task import Batch, Datasets, Parts, SampleCounts, StageModel
 
 
-class BertPretraining:
+class BertPretraining(Pretraining):
     """The task of `pretrain_bert.py`; see `megatron.training.task.Task`."""
 
     def __init__(self, config: Config) -> None:
-        pairs = () if config.model.bert_no_binary_head else ("nsp_loss",)
-        self.loss_parts: tuple[str, ...] = ("lm_loss", *pairs)
-        self._data = config.data
-
-    @cached_property
-    def tokenizer(self) -> Tokenizer:
-        """The tokenizer of --vocab-file, opened when it is first asked for."""
-        return build_tokenizer(self._data)
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of tokens, without padding."""
-        return self.tokenizer.vocab_size
-
-    @property
-    def tokenizer_files(self) -> Sequence[Path]:
-        """The vocabulary."""
-        return self.tokenizer.files
+        super().__init__(config)
+        if not config.model.bert_no_binary_head:
+            self.loss_parts = ("lm_loss", "nsp_loss")
 
     def datasets(
         self, config: Config, counts: SampleCounts, say: Callable[[str], None]
@@ -52,11 +34,6 @@ class BertPretraining:
     def build_model(self, config: Config, state: ParallelState, stage: Stage) -> StageModel:
         """The part of BERT that a stage holds."""
         return build_bert(config, state, stage)
-
-    def activation(self, config: Config) -> TensorSpec:
-        """Hidden states [s, b, h]."""
-        shape = (config.data.seq_length, config.train.micro_batch_size, config.model.hidden_size)
-        return TensorSpec(shape, parameter_dtype(config))
 
     def denominators(self, batch: Batch) -> Tensor:
         """Masked tokens and, with a binary head, sentence pairs: float64 [parts]."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from megatron.checkpoint.reader import load_config
-from megatron.config import Config
+from megatron.config import Config, ParallelConfig
 from megatron.mpu import ParallelState
 from megatron.training import checkpoints
 from megatron.training.task import Task
@@ -27,13 +27,14 @@ def open_for_evaluation(
     saved = load_config(directory)
     config = replace(
         saved,
-        parallel=replace(
-            saved.parallel,
-            tensor_model_parallel_size=1,
-            pipeline_model_parallel_size=1,
-            pipeline_layers=None,
+        parallel=ParallelConfig(),
+        train=replace(
+            saved.train,
+            global_batch_size=None,
+            rampup_batch_size=None,
+            load=str(directory),
+            finetune=True,
         ),
-        train=replace(saved.train, global_batch_size=None, load=str(directory), finetune=True),
     )
     trainer = Trainer(config, make_task(config), ParallelState.single(device))
     checkpoints.resume(trainer)

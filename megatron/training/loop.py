@@ -151,16 +151,22 @@ def _evaluate(
 
 def _greet(trainer: Trainer, reporter: Reporter, resumed: bool) -> None:
     """Says what is about to be trained, on what, and from where."""
-    config, topology = trainer.config, trainer.state.topology
+    config, topology, ramp = trainer.config, trainer.state.topology, trainer.ramp
     parameters = trainer.optimizer.parameter_count()
+    tokens = trainer.task.tokens_per_sample(config)
     reporter.say(
         f"{parameters:,} parameters in {config.model.dtype} on {trainer.state.device.type}, "
         f"{config.model.vocab_size:,} tokens in the vocabulary"
     )
     reporter.say(
         f"{topology.world_size} ranks: tensor {topology.tensor} x pipeline {topology.pipeline} "
-        f"x data {topology.data}; {trainer.num_micro_batches} micro-batches of "
-        f"{config.train.micro_batch_size} sequences of {config.data.seq_length} tokens"
+        f"x data {topology.data}; {trainer.num_micro_batches(ramp.full)} micro-batches "
+        f"of {config.train.micro_batch_size} samples of {tokens} tokens"
     )
+    if ramp.start < ramp.full:
+        reporter.say(
+            f"the global batch grows from {ramp.start} to {ramp.full} samples "
+            f"over the first {ramp.ramp:,} of the run"
+        )
     if resumed:
         reporter.say(f"continuing after iteration {trainer.iteration} from {config.train.load}")

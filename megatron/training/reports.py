@@ -6,6 +6,7 @@ ranks and read, and only then does the host wait for the device.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,7 +64,7 @@ class _Window:
             len(trainer.task.loss_parts), dtype=torch.float64, device=trainer.state.device
         )
         self._skipped = torch.zeros((), dtype=torch.float64, device=trainer.state.device)
-        self._steps = 0
+        self._steps = self._samples = 0
         self._start = time.perf_counter()
 
     def add(self, step: Step) -> None:
@@ -71,6 +72,7 @@ class _Window:
         self._parts += torch.where(step.skipped, 0, step.parts)
         self._skipped += step.skipped
         self._steps += 1
+        self._samples += step.batch_size
 
     def leave_out(self, seconds: float) -> None:
         """Counts these seconds not as training."""
@@ -83,8 +85,8 @@ class _Window:
         skipped = int(self._skipped.item())
         trained = max(self._steps - skipped, 1)
         means = [part / trained if skipped < self._steps else float("nan") for part in parts]
-        seconds = (time.perf_counter() - self._start) / self._steps
-        samples = trainer.global_batch / seconds
+        seconds = time.perf_counter() - self._start
+        speed, task = self._samples / seconds, trainer.task
         record: dict[str, float | int | None] = {
             "iteration": step.iteration,
             "loss": sum(means),
@@ -92,19 +94,18 @@ class _Window:
             "grad_norm": step.grad_norm.item(),
             "learning_rate": step.learning_rate,
             "loss_scale": trainer.optimizer.loss_scale.item(),
-            "tokens_per_second": samples * trainer.config.data.seq_length,
-            "model_tflops_per_second": samples
-            * trainer.task.flops_per_sample(trainer.config)
-            / 1e12,
-            "iteration_seconds": seconds,
+            "tokens_per_second": speed * task.tokens_per_sample(trainer.config),
+            "model_tflops_per_second": speed * task.flops_per_sample(trainer.config) / 1e12,
+            "iteration_seconds": seconds / self._steps,
             "skipped": skipped,
+            "batch_size": step.batch_size,
             "consumed_samples": step.samples,
         }
         if trainer.config.train.log_params_norm:
             record["params_norm"] = trainer.optimizer.parameter_norm().item()
         self._parts.zero_()
         self._skipped.zero_()
-        self._steps = 0
+        self._steps = self._samples = 0
         self._start = time.perf_counter()
         return record
 
@@ -148,10 +149,16 @@ class Reporter:
             self._console.advance(step.iteration)
 
     def evaluation(self, split: str, means: dict[str, float]) -> None:
-        """Reports the means of one evaluation, under the split's name: "validation_lm_loss"."""
+        """Reports the means of one evaluation, under the split's name: "validation_lm_loss".
+
+        The perplexity of the predicted tokens goes with them.
+        """
         record: dict[str, float | int | None] = {"iteration": self._trainer.iteration}
         record[f"{split}_loss"] = sum(means.values())
         record |= {f"{split}_{name}": mean for name, mean in means.items()}
+        if "lm_loss" in means:
+            # More than e^709 no float64 can hold.
+            record[f"{split}_perplexity"] = math.exp(min(means["lm_loss"], 700.0))
         for window in self._windows:
             for sink in window.sinks:
                 sink.write(record)

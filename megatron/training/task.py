@@ -49,6 +49,10 @@ class Task(Protocol):
         """The names of the loss's parts, each ending in "_loss", in the order of reporting."""
 
     @property
+    def host_fields(self) -> frozenset[str]:
+        """The fields of a batch that stay on the host; all others go to the device."""
+
+    @property
     def tokenizer_files(self) -> Sequence[Path]:
         """The tokenizer's files, kept beside each checkpoint."""
 
@@ -61,11 +65,14 @@ class Task(Protocol):
     ) -> Datasets:
         """The samples of a run; every rank calls it, `say` takes a line about each split."""
 
+    def stages(self, config: Config) -> tuple[Stage, ...]:
+        """The stages of the whole model, virtual ones included; raises ConfigError."""
+
     def build_model(self, config: Config, state: ParallelState, stage: Stage) -> StageModel:
         """The network of one pipeline stage."""
 
-    def activation(self, config: Config) -> TensorSpec:
-        """What travels between the stages for one micro-batch."""
+    def activation(self, config: Config, state: ParallelState, stage: Stage) -> TensorSpec:
+        """What a rank of this stage sends to the next one for one micro-batch."""
 
     def denominators(self, batch: Batch) -> Tensor:
         """What each part of the loss is a mean over, counted in a micro-batch: float64 [parts]."""
@@ -77,6 +84,9 @@ class Task(Protocol):
         activation to send and no parts; on the last stage the loss and its parts, both already
         divided by `totals`, so that they add up over micro-batches and data-parallel ranks.
         """
+
+    def tokens_per_sample(self, config: Config) -> int:
+        """Tokens of one sample, padding included."""
 
     def flops_per_sample(self, config: Config) -> float:
         """Floating-point operations that training on one sample cannot do without."""

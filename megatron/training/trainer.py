@@ -23,11 +23,13 @@ from torch import Tensor, nn
 
 from megatron.config import Config
 from megatron.monitor import Timers
-from megatron.mpu import ParallelState, ShardSpec, stages
+from megatron.mpu import ParallelState, ShardSpec
 from megatron.mpu.collectives import all_reduce, broadcast
 from megatron.optimizer import build_optimizer, build_schedule
+from megatron.pipeline.actions import Schedule
 from megatron.pipeline.runtime import PipelineRuntime
 from megatron.pipeline.schedule import make_schedule
+from megatron.training.batch_ramp import BatchRamp
 from megatron.training.task import Batch, Parts, Task
 
 
@@ -38,6 +40,7 @@ class Step:
     Attributes:
         iteration: number of the step, from 1.
         samples: samples consumed by the run so far.
+        batch_size: samples of this step over all ranks.
         learning_rate: the rate of this step.
         parts: float64 [parts], this rank's share of the loss's parts; zeros before the last stage.
         grad_norm: float64, norm of the whole gradient before clipping.
@@ -46,6 +49,7 @@ class Step:
 
     iteration: int
     samples: int
+    batch_size: int
     learning_rate: float
     parts: Tensor
     grad_norm: Tensor
@@ -60,21 +64,22 @@ class Trainer:
     """
 
     def __init__(self, config: Config, task: Task, state: ParallelState) -> None:
-        train, parallel = config.train, config.parallel
         self.config, self.task, self.state = config, task, state
-        self.global_batch = train.global_batch(state.data.size)
-        self.num_micro_batches = train.num_micro_batches(state.data.size)
+        self.ramp = BatchRamp.of(config.train, state.data.size)
         self.iteration = self.samples = 0
         self.timers = Timers(state.device)
-        every_stage = stages(parallel.stage_layers(config.model.num_layers))
-        self.chunks = [task.build_model(config, state, every_stage[state.pipeline.rank])]
+        schedule = self._plan(self.num_micro_batches(self.ramp.full))
+        stages = task.stages(config)
+        own = schedule.stages_of(state.pipeline.rank)
+        self.chunks = [task.build_model(config, state, stages[index]) for index in own]
         self.optimizer = build_optimizer(config, self.chunks, state)
-        self.learning_rates = build_schedule(config, self.global_batch)
-        schedule = make_schedule(
-            parallel.pipeline_schedule, state.pipeline.size, self.num_micro_batches
-        )
+        self.learning_rates = build_schedule(config, self.ramp.full)
         self._runtime = PipelineRuntime(
-            self.chunks, schedule, state, self._forward_step, task.activation(config)
+            self.chunks,
+            schedule,
+            state,
+            self._forward_step,
+            task.activation(config, state, stages[0]),
         )
         self._totals = self._ones = torch.ones(
             len(task.loss_parts), dtype=torch.float64, device=state.device
@@ -88,19 +93,32 @@ class Trainer:
                 spec: ShardSpec = parameter.shard_spec  # type: ignore[attr-defined]
                 yield spec.key, parameter, spec
 
+    def num_micro_batches(self, batch_size: int) -> int:
+        """The micro-batches of this rank in a step of `batch_size` samples over all ranks."""
+        return batch_size // (self.config.train.micro_batch_size * self.state.data.size)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the run has no further step."""
+        train = self.config.train
+        if train.train_samples is None:
+            return self.iteration >= (train.train_iters or 0)
+        return self.samples + self.ramp.at(self.samples) > train.train_samples
+
     @property
     def last_iteration(self) -> int:
         """The iteration after which the run is complete."""
         train = self.config.train
-        if train.train_samples is not None:
-            return train.train_samples // self.global_batch
-        return train.train_iters or 0
+        if train.train_samples is None:
+            return train.train_iters or 0
+        return self.iteration + self.ramp.steps(self.samples, train.train_samples)
 
     def steps(self, batches: Iterator[Batch]) -> Iterator[Step]:
         """Trains until the run is complete, yielding after each step."""
-        while self.iteration < self.last_iteration:
+        while not self.is_complete:
+            wanted = self.num_micro_batches(self.ramp.at(self.samples))
             with self.timers.section("batches"):
-                taken = [next(batches) for _ in range(self.num_micro_batches)]
+                taken = [next(batches) for _ in range(wanted)]
             yield self.step(taken)
 
     def step(self, batches: Sequence[Batch]) -> Step:
@@ -112,7 +130,7 @@ class Trainer:
             self._totals = self._count(batches).clamp(min=1)
             gradients.zero()
             parts = self._runtime.run(
-                map(self._to_device, batches),
+                [self._to_device(batch) for batch in batches],
                 on_last_backward=gradients.on_last_backward,
                 loss_scale=self.optimizer.loss_scale,
             )
@@ -121,17 +139,23 @@ class Trainer:
         with section("optimizer"):
             learning_rate = self.learning_rates.rate(self.samples)
             result = self.optimizer.step(learning_rate)
+        batch_size = len(batches) * self.config.train.micro_batch_size * self.state.data.size
         self.iteration += 1
-        self.samples += self.global_batch
-        summed = self._sum(parts)
+        self.samples += batch_size
         return Step(
-            self.iteration, self.samples, learning_rate, summed, result.grad_norm, result.skipped
+            self.iteration,
+            self.samples,
+            batch_size,
+            learning_rate,
+            self._sum(parts),
+            result.grad_norm,
+            result.skipped,
         )
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The mean of each part of the loss over all that the batches hold on all ranks.
 
-        The number of batches is a multiple of the micro-batches of a step, the same on every rank.
+        The number of batches is a multiple of a whole step's, the same on every rank.
         A part of which nothing was counted is NaN. Every rank gets the result.
         """
         for chunk in self.chunks:
@@ -139,8 +163,9 @@ class Trainer:
         self._totals = self._ones
         sums, counts = torch.zeros_like(self._ones), torch.zeros_like(self._ones)
         waiting = iter(batches)
-        while taken := list(islice(waiting, self.num_micro_batches)):
-            sums += self._sum(self._runtime.run(map(self._to_device, taken), forward_only=True))
+        while taken := list(islice(waiting, self.num_micro_batches(self.ramp.full))):
+            on_device = [self._to_device(batch) for batch in taken]
+            sums += self._sum(self._runtime.run(on_device, forward_only=True))
             counts += self._count(taken)
         means = (self.over_ranks(sums) / counts).tolist()
         return dict(zip(self.task.loss_parts, means, strict=True))
@@ -156,13 +181,22 @@ class Trainer:
         return all_reduce(counts.to(self.state.device, non_blocking=True), self.state.data)
 
     def _to_device(self, batch: Batch) -> Batch:
-        device = self.state.device
-        return {name: field.to(device, non_blocking=True) for name, field in batch.items()}
+        device, kept = self.state.device, self.task.host_fields
+        return {
+            name: field if name in kept else field.to(device, non_blocking=True)
+            for name, field in batch.items()
+        }
+
+    def _plan(self, micro_batches: int) -> Schedule:
+        """The schedule of a step of so many micro-batches."""
+        name = self.config.parallel.schedule
+        return make_schedule(name, self.state.pipeline.size, micro_batches)
 
     def _forward_step(
         self, chunk: nn.Module, batch: Batch, micro_batch: int
     ) -> tuple[Tensor, Parts]:
-        self.state.streams.start(self.config.train.seed, self.iteration, micro_batch)
+        place = next(i for i, own in enumerate(self.chunks) if own is chunk)
+        self.state.streams.start(self.config.train.seed, self.iteration, micro_batch, place)
         return self.task.forward_step(chunk, batch, self._totals)
 
     def _sum(self, parts: Sequence[Parts]) -> Tensor:

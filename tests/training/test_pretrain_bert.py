@@ -63,6 +63,7 @@ def test_a_run_learns_and_leaves_all_its_records(
         "model_tflops_per_second",
         "iteration_seconds",
         "skipped",
+        "batch_size",
         "consumed_samples",
         "params_norm",
     ]
