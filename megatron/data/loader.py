@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from megatron.data.samplers import MicroBatchSampler
+from megatron.data.samplers import BatchSize, MicroBatchSampler
 from megatron.data.samples import Sample, SampleDataset
 
 Batch = dict[str, torch.Tensor]
@@ -31,7 +31,7 @@ def build_loader(
     micro_batch_size: int,
     data_rank: int,
     data_size: int,
-    global_batch_size: int,
+    global_batch_size: BatchSize,
     num_workers: int,
     dataloader_type: str = "single",
     seed: int,
@@ -41,8 +41,10 @@ def build_loader(
     """The micro-batches of data rank `data_rank`, one after the other, from `consumed_samples` on.
 
     dataloader_type: "single" ends with the last whole global batch of the dataset, "cyclic" starts
-    over in a new order. num_workers: processes that prepare batches, which changes nothing in
-    them; 0 prepares them in this process. Raises ValueError where the batch cannot be shared out.
+    over in a new order. global_batch_size: a number, or what gives the samples of the global batch
+    that begins after so many samples. num_workers: processes that prepare batches, which changes
+    nothing in them; 0 prepares them in this process. Raises ValueError where a batch cannot be
+    shared out.
     """
     sampler = MicroBatchSampler(
         len(dataset),

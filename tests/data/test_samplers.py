@@ -1,6 +1,6 @@
 """Properties of how samples are dealt out to micro-batches and ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain, islice
 from typing import Any
 
@@ -70,6 +70,58 @@ def test_resuming_goes_on_where_the_run_was(
     consumed = step * layout["global_batch_size"]
     resumed = batches(samples, layout, consumed_samples=consumed)
     assert resumed[: len(whole[step:])] == whole[step:]
+
+
+@st.composite
+def ramps(draw: st.DrawFn) -> tuple[int, int, Callable[[int], int]]:
+    """Micro-batch, data-parallel size, and a global batch that grows with what is consumed."""
+    micro, data = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    every, first, most = draw(st.integers(1, 40)), draw(st.integers(1, 3)), draw(st.integers(3, 6))
+    return micro, data, lambda consumed: micro * data * min(most, first + consumed // every)
+
+
+@given(ramp=ramps(), samples=st.integers(1, 300), cyclic=st.booleans(), step=st.integers(0, 12))
+@EXAMPLES
+def test_a_growing_batch_keeps_the_order(
+    ramp: tuple[int, int, Callable[[int], int]], samples: int, cyclic: bool, step: int
+) -> None:
+    micro, data, batch_at = ramp
+    starts = [0]  # of the global batches
+    end = 300 if cyclic else samples
+    while starts[-1] + batch_at(starts[-1]) <= end:
+        starts.append(starts[-1] + batch_at(starts[-1]))
+    step = min(step, len(starts) - 1)
+    kept = (starts[-1] - starts[step]) // micro // data
+    shares = []
+    for rank in range(data):
+        arguments = {"micro_batch_size": micro, "cyclic": cyclic, "seed": 7}
+        sampler = MicroBatchSampler(
+            samples,
+            consumed_samples=starts[step],
+            data_rank=rank,
+            data_size=data,
+            global_batch_size=batch_at,
+            **arguments,
+        )
+        micro_batches = list(islice(sampler, kept + (0 if cyclic else 100)))
+        assert len(micro_batches) == kept
+        shares.append(iter(flat(micro_batches)))
+    order: list[int] = []
+    for start in starts[step:-1]:
+        for share in shares:
+            order += islice(share, batch_at(start) // data)
+    one = {"micro_batch_size": 1, "data_size": 1, "data_rank": 0, "global_batch_size": 1}
+    constant = MicroBatchSampler(samples, consumed_samples=0, cyclic=cyclic, seed=7, **one)
+    assert order == flat(islice(constant, starts[-1]))[starts[step] :]
+
+
+def test_a_step_of_a_growing_batch_that_cannot_be_shared_out_is_refused() -> None:
+    layout = {"micro_batch_size": 2, "data_size": 1, "global_batch_size": lambda n: 2 + n // 4}
+    sampler = MicroBatchSampler(50, data_rank=0, consumed_samples=0, cyclic=False, seed=1, **layout)
+    with pytest.raises(
+        ValueError, match=r"--global-batch-size 3 at 4 consumed samples is not divisible"
+    ):
+        list(sampler)
 
 
 def test_epochs_and_seeds_have_orders_of_their_own() -> None:
