@@ -100,13 +100,13 @@ def test_the_vocabulary_is_that_of_the_text(vocabulary: Path) -> None:
 
 
 def test_the_same_text_gives_the_same_vocabulary(
-    corpus: Path, vocabulary: Path, tmp_path: Path
+    corpus: Path, vocabulary: Path, byte_level: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    succeed(
-        "train_tokenizer.py",
-        *("--type", "wordpiece", "--vocab-size", "150", "--input", corpus, "--output", tmp_path),
-    )
-    assert (tmp_path / "vocab.txt").read_bytes() == vocabulary.read_bytes()
+    flags = ("--input", corpus, "--output", tmp_path)
+    succeed("train_tokenizer.py", *("--type", "wordpiece", "--vocab-size", "150"), *flags)
+    succeed("train_tokenizer.py", *("--type", "bpe", "--vocab-size", "400"), *flags)
+    for file in (vocabulary, *byte_level):
+        assert (tmp_path / file.name).read_bytes() == file.read_bytes()
 
 
 def test_byte_pairs_from_text_to_dataset(
