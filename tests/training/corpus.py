@@ -50,7 +50,8 @@ class Corpus:
         for name, value in (flags | others).items():
             if value is not None:
                 words.append("--" + name.replace("_", "-"))
-                words += [] if value is True else [str(value)]
+                values = value if isinstance(value, list) else [value]
+                words += [] if value is True else [str(each) for each in values]
         return words
 
 

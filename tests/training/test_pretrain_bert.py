@@ -2,41 +2,20 @@
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import pretrain_bert
-from megatron.errors import run_command
 from megatron.monitor import read_metrics
+from tests.training.command import Command
 from tests.training.corpus import Corpus, write_corpus
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
-
-
-class Command:
-    """Runs pretrain_bert.py; what it printed is in `out` and `err`."""
-
-    def __init__(self, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-        self._capfd, self._monkeypatch = capfd, monkeypatch
-
-    def __call__(self, flags: list[str]) -> int:
-        self._monkeypatch.setattr(sys, "argv", ["pretrain_bert.py", *flags])
-        with pytest.raises(SystemExit) as exited:
-            run_command(pretrain_bert.main)
-        self.out, self.err = self._capfd.readouterr()
-        assert isinstance(exited.value.code, int)
-        return exited.value.code
 
 
 @pytest.fixture
 def command(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Command:
-    return Command(capfd, monkeypatch)
+    return Command(pretrain_bert, capfd, monkeypatch)
 
 
 def _records(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import torch
 
 from megatron.checkpoint.reader import Checkpoint
@@ -17,11 +16,6 @@ from tests.training.corpus import Corpus, write_corpus
 ROOT = Path(__file__).resolve().parents[2]
 LAYOUT = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 LIMIT_SECONDS = 240
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return write_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 def _start(script: Path, flags: list[str], output: Path) -> subprocess.Popen[bytes]:
