@@ -16,19 +16,26 @@ import torch.nn.functional as F
 from torch import nn
 
 from megatron.config import Config
-from megatron.model.language_model import TransformerLanguageModel, WholeLinear, get_language_model
-from megatron.model.module import Float16Module, MegatronModule, new_parameter
-from megatron.model.transformer import LayerNorm, gelu
+from megatron.model.language_model import TransformerLanguageModel, get_language_model
+from megatron.model.linear import WholeLinear
+from megatron.model.mlp import gelu
+from megatron.model.module import (
+    Float16Module,
+    MegatronModule,
+    in_half,
+    new_parameter,
+    splits_sequence,
+)
+from megatron.model.residual import Norm
 from megatron.mpu import (
     ParallelState,
     ShardSpec,
     Stage,
-    gather_from_tensor_region,
+    gather_from_sequence_region,
     parallel_lm_logits,
-    vocab_parallel_cross_entropy,
 )
 from megatron.mpu.init import zeros
-from megatron.ops.attention import padding_mask
+from megatron.ops.attention import AttentionMask, padding_mask
 
 
 class BertLMHead(nn.Module):
@@ -41,7 +48,7 @@ class BertLMHead(nn.Module):
         vocab_size = config.model.vocab_size
         assert vocab_size is not None
         self.dense = WholeLinear(config, state, f"{name}.dense")
-        self.layernorm = LayerNorm(config, state, f"{name}.layernorm")
+        self.layernorm = Norm(config, state, f"{name}.layernorm", on_stream=False)
         padded = config.model.padded_vocab_size(state.tensor.size)
         spec = ShardSpec(f"{name}.bias", (vocab_size,), dim=0, padded=padded)
         self.bias = new_parameter(config, state, spec, zeros)
@@ -73,8 +80,14 @@ class BertModel(MegatronModule):
         pre_process: bool | None = None,
         post_process: bool | None = None,
     ) -> None:
-        super().__init__(config, state, stage, pre_process=pre_process, post_process=post_process)
-        self.parallel_output = parallel_output
+        super().__init__(
+            config,
+            state,
+            stage,
+            pre_process=pre_process,
+            post_process=post_process,
+            parallel_output=parallel_output,
+        )
         self.language_model: TransformerLanguageModel
         self.language_model, _ = get_language_model(
             config,
@@ -93,10 +106,6 @@ class BertModel(MegatronModule):
         )
         self.initialize_word_embeddings()
 
-    def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
-        """Give the activation [s, b, h] that the previous stage sent, for the next forward."""
-        self.language_model.set_input_tensor(input_tensor)
-
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -114,29 +123,23 @@ class BertModel(MegatronModule):
             lm_labels: i64[b, k or s], the tokens to predict there.
 
         Returns:
-            Before the last stage, hidden states [s, b, h]. On the last one a pair: the masked-LM
+            Before the last stage, hidden states [s, b, h], s / t positions of them with
+            sequence parallelism. On the last one a pair: the masked-LM
             loss [b, k or s] in float32 or wider, or without labels the logits, [b, k or s, v / t]
             or, without ``parallel_output``, [b, k or s, true vocabulary]; and the next-sentence
             logits [b, 2], None without a binary head.
         """
-        hidden, pooled = self.language_model(
-            input_ids, None, padding_mask(attention_mask), tokentype_ids=tokentype_ids
-        )
+        mask = AttentionMask(keys=padding_mask(attention_mask))
+        hidden, pooled, _ = self.language_model(input_ids, None, mask, tokentype_ids=tokentype_ids)
         if self.lm_head is None:
             return hidden
+        if splits_sequence(self.config, self.state):
+            # All ranks go on with the same masked positions, hence have the same gradient.
+            hidden = gather_from_sequence_region(hidden, self.state.tensor, whole_gradient=True)
         hidden = _at_positions(hidden, masked_positions)
         logits = self.lm_head(hidden, self.word_embeddings_weight())
         binary_logits = None if self.binary_head is None else self.binary_head(pooled)
-        return self._loss_or_logits(logits, lm_labels), binary_logits
-
-    def _loss_or_logits(self, logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        vocab_size = self.config.model.vocab_size
-        assert vocab_size is not None
-        if labels is not None:
-            return vocab_parallel_cross_entropy(logits, labels, self.state.tensor, vocab_size)
-        if self.parallel_output:
-            return logits
-        return gather_from_tensor_region(logits, self.state.tensor)[..., :vocab_size]
+        return self.loss_or_logits(logits, lm_labels), binary_logits
 
 
 def _at_positions(hidden: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
@@ -153,8 +156,8 @@ def build_bert(
     config: Config, state: ParallelState, stage: Stage
 ) -> MegatronModule | Float16Module:
     """BERT as the configuration describes it, wrapped where it is in half precision."""
-    model = BertModel(config, state, stage, add_binary_head=not config.model.bert_no_binary_head)
-    return Float16Module(model) if config.model.fp16 or config.model.bf16 else model
+    add_binary_head = not config.model.bert_no_binary_head
+    return in_half(BertModel(config, state, stage, add_binary_head=add_binary_head))
 
 
 def bert_loss_sums(

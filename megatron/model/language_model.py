@@ -1,40 +1,25 @@
 """Embedding, transformer and pooler: what is below the heads of every network.
 
-Letters: s sequence, b micro-batch, h hidden.
+Letters: s sequence, z sequence of an encoder beside a decoder, b micro-batch, h hidden,
+t tensor size.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megatron.config import Config
-from megatron.model.module import new_parameter, parameter_dtype
-from megatron.model.transformer import ParallelTransformer, init_methods
-from megatron.mpu import ParallelState, ShardSpec, Stage, VocabParallelEmbedding
-from megatron.mpu.init import zeros
-from megatron.mpu.layers import embedding_lookup, linear
-
-
-class WholeLinear(nn.Module):
-    """x W^T + b that every tensor rank holds and computes whole."""
-
-    def __init__(
-        self, config: Config, state: ParallelState, name: str, output_size: int | None = None
-    ) -> None:
-        super().__init__()
-        h = config.model.hidden_size
-        out = h if output_size is None else output_size
-        init, _ = init_methods(config)
-        self.weight = new_parameter(config, state, ShardSpec(f"{name}.weight", (out, h)), init)
-        self.bias = new_parameter(config, state, ShardSpec(f"{name}.bias", (out,)), zeros)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., h] -> [..., out]"""
-        return linear(x, self.weight, self.bias)
+from megatron.model.embedding import Embedding
+from megatron.model.enums import LayerType
+from megatron.model.linear import WholeLinear
+from megatron.model.module import parameter_dtype, splits_sequence, stream_dtype
+from megatron.model.positions import RelativeBias, rotations
+from megatron.model.transformer import Context, ParallelTransformer
+from megatron.mpu import ParallelState, Stage, reduce_from_tensor_region
+from megatron.ops.attention import AttentionMask
 
 
 class Pooler(nn.Module):
@@ -42,77 +27,50 @@ class Pooler(nn.Module):
 
     def __init__(self, config: Config, state: ParallelState, name: str) -> None:
         super().__init__()
+        self.axis = state.tensor if splits_sequence(config, state) else None
         self.dense = WholeLinear(config, state, f"{name}.dense")
 
     def forward(self, hidden: torch.Tensor, sequence_index: int = 0) -> torch.Tensor:
-        """[s, b, h] -> [b, h]"""
-        return torch.tanh(self.dense(hidden[sequence_index]))
+        """[s or s / t, b, h] -> [b, h]"""
+        if self.axis is None:
+            return torch.tanh(self.dense(hidden[sequence_index]))
+        holder, place = divmod(sequence_index, hidden.size(0))
+        # The other ranks add zeros, and get zeros as gradient.
+        own = hidden[place] * float(self.axis.rank == holder)
+        return torch.tanh(self.dense(reduce_from_tensor_region(own, self.axis)))
 
 
-class Embedding(nn.Module):
-    """Sum of word, position and, where there are any, token-type embeddings."""
+class Hidden(NamedTuple):
+    """What a stage of the language model makes.
 
-    def __init__(
-        self, config: Config, state: ParallelState, name: str, num_tokentypes: int = 0
-    ) -> None:
-        super().__init__()
-        model, dtype = config.model, parameter_dtype(config)
-        assert model.vocab_size is not None, "the vocabulary's size is set from the tokenizer"
-        self.dropout = model.hidden_dropout
-        init, _ = init_methods(config)
-        self.word_embeddings = VocabParallelEmbedding(
-            model.vocab_size,
-            model.hidden_size,
-            name=f"{name}.word_embeddings",
-            padded=model.padded_vocab_size(state.tensor.size),
-            state=state,
-            init_method=init,
-            dtype=dtype,
-        )
-        self.position_embeddings = _Table(
-            config, state, f"{name}.position_embeddings", model.max_position_embeddings
-        )
-        self.tokentype_embeddings = (
-            _Table(config, state, f"{name}.tokentype_embeddings", num_tokentypes)
-            if num_tokentypes
-            else None
-        )
+    Attributes:
+        stream: the residual stream, or behind the last layer its norm, [s, b, h]; s / t positions
+            with sequence parallelism.
+        pooled: [b, h] where this stage has the pooler.
+        encoder_output: [z, b, h] where this stage is part of a decoder.
+    """
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor | None = None,
-        tokentype_ids: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """i64[b, s] each -> [s, b, h]; positions count from 0 where they are not given."""
-        # The ids are transposed rather than what is looked up: b s numbers instead of b s h.
-        x = self.word_embeddings(input_ids.t())
-        if position_ids is None:
-            x = x + self.position_embeddings.weight[: input_ids.size(1), None]
-        else:
-            x = x + self.position_embeddings(position_ids.t())
-        if self.tokentype_embeddings is not None:
-            if tokentype_ids is None:
-                tokentype_ids = torch.zeros_like(input_ids)
-            x = x + self.tokentype_embeddings(tokentype_ids.t())
-        return F.dropout(x, self.dropout, self.training)
+    stream: torch.Tensor
+    pooled: torch.Tensor | None = None
+    encoder_output: torch.Tensor | None = None
 
-
-class _Table(nn.Module):
-    """An embedding that every tensor rank holds whole."""
-
-    def __init__(self, config: Config, state: ParallelState, name: str, rows: int) -> None:
-        super().__init__()
-        spec = ShardSpec(f"{name}.weight", (rows, config.model.hidden_size))
-        self.weight = new_parameter(config, state, spec, init_methods(config)[0])
-
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """i64[...] -> [..., h]"""
-        return embedding_lookup(ids, self.weight)
+    def to_send(self) -> torch.Tensor:
+        """What the next stage needs: a decoder's is given the encoder's output in front."""
+        if self.encoder_output is None:
+            return self.stream
+        return torch.cat((self.encoder_output.to(self.stream.dtype), self.stream))
 
 
 class TransformerLanguageModel(nn.Module):
-    """The part of the network below the heads that one pipeline stage holds."""
+    """The part of the network below the heads that one pipeline stage holds.
+
+    Args:
+        num_tokentypes: rows of the token-type embedding; 0 for none.
+        add_encoder: whether the stage is part of an encoder, or of the only stack of layers.
+        add_decoder: whether the stage is part of a decoder beside an encoder.
+        add_pooler: whether the last stage pools.
+        pre_process, post_process: whether the model begins, and ends, here.
+    """
 
     def __init__(
         self,
@@ -121,54 +79,137 @@ class TransformerLanguageModel(nn.Module):
         stage: Stage,
         *,
         num_tokentypes: int = 0,
+        add_encoder: bool = True,
+        add_decoder: bool = False,
         add_pooler: bool = False,
         pre_process: bool = True,
         post_process: bool = True,
     ) -> None:
         super().__init__()
         name = "language_model"
+        self.config, self.state = config, state
         self._input_tensor: torch.Tensor | None = None
-        self.embedding = (
-            Embedding(config, state, f"{name}.embedding", num_tokentypes) if pre_process else None
-        )
-        self.encoder = ParallelTransformer(
-            config, state, stage, name=f"{name}.encoder", post_process=post_process
-        )
+        self.embedding: Embedding | None = None
+        if pre_process or stage.begins_decoder:
+            self.embedding = Embedding(
+                config, state, f"{name}.embedding", num_tokentypes, is_copy=not pre_process
+            )
+        self.encoder_bias = self.decoder_bias = None
+        if config.model.position_embedding_type == "relative":
+            biases = (
+                RelativeBias(config, state, stage, f"{name}.{stack}.relative_bias", causal=causal)
+                for stack, causal in (("encoder", False), ("decoder", True))
+            )
+            self.encoder_bias, self.decoder_bias = biases
+        self.encoder = self.decoder = None
+        if add_encoder:
+            self.encoder = ParallelTransformer(
+                config,
+                state,
+                stage.layers,
+                name=f"{name}.encoder",
+                post_process=stage.ends_encoder if stage.split is not None else post_process,
+            )
+        if add_decoder:
+            self.decoder = ParallelTransformer(
+                config,
+                state,
+                stage.decoder_layers,
+                name=f"{name}.decoder",
+                post_process=post_process,
+                layer_type=LayerType.decoder,
+            )
         self.pooler = (
             Pooler(config, state, f"{name}.pooler") if add_pooler and post_process else None
         )
 
     def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
-        """Give the activation [s, b, h] that the previous stage sent, for the next forward."""
+        """Give what the previous stage sent, for the next forward."""
         self._input_tensor = input_tensor
 
     def forward(
         self,
         enc_input_ids: torch.Tensor,
         enc_position_ids: torch.Tensor | None,
-        enc_attn_mask: torch.Tensor | None,
+        enc_attn_mask: AttentionMask,
+        dec_input_ids: torch.Tensor | None = None,
+        dec_position_ids: torch.Tensor | None = None,
+        dec_attn_mask: AttentionMask | None = None,
+        enc_dec_attn_mask: AttentionMask | None = None,
         *,
         tokentype_ids: torch.Tensor | None = None,
         pooling_sequence_index: int = 0,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        enc_hidden_states: torch.Tensor | None = None,
+        output_enc_hidden: bool = False,
+    ) -> Hidden:
         """Run this stage.
 
         Args:
             enc_input_ids, enc_position_ids, tokentype_ids: i64[b, s], used by the first stage.
-            enc_attn_mask: bool, broadcastable to [b, n, s, s]; True where a query may look.
+            enc_attn_mask: what a position may see.
+            dec_input_ids, dec_position_ids, dec_attn_mask: the same of the decoder.
+            enc_dec_attn_mask: what the decoder may see of the encoder's output.
             pooling_sequence_index: the position that the pooler reads.
-
-        Returns:
-            hidden states [s, b, h], and the pooled [b, h] where this stage has the pooler.
+            enc_hidden_states: [s, b, h], an encoder's output to use in place of running one.
+            output_enc_hidden: end behind the encoder, though there is a decoder.
         """
+        received, self._input_tensor = self._input_tensor, None
+        stream, encoder_output = received, enc_hidden_states
+        if self.encoder is not None and encoder_output is None:
+            if received is None:
+                stream = self._embed(enc_input_ids, enc_position_ids, tokentype_ids)
+            assert stream is not None
+            context = self._context(enc_input_ids, enc_position_ids, enc_attn_mask, "encoder")
+            stream = self.encoder(stream, context)
+            if self.decoder is None or output_enc_hidden:
+                pooled = (
+                    None if self.pooler is None else self.pooler(stream, pooling_sequence_index)
+                )
+                return Hidden(stream, pooled)
+            encoder_output, stream = stream, None
+        assert self.decoder is not None and dec_input_ids is not None
+        assert dec_attn_mask is not None and enc_dec_attn_mask is not None
+        if encoder_output is None:
+            encoder_output, stream = self._parts_of(received, enc_input_ids.size(1))
         if self.embedding is not None:
-            x = self.embedding(enc_input_ids, enc_position_ids, tokentype_ids)
-        else:
-            assert self._input_tensor is not None, "set_input_tensor before a later stage's forward"
-            x, self._input_tensor = self._input_tensor, None
-        x = self.encoder(x, enc_attn_mask)
-        pooled = None if self.pooler is None else self.pooler(x, pooling_sequence_index)
-        return x, pooled
+            stream = self._embed(dec_input_ids, dec_position_ids, None)
+        context = self._context(dec_input_ids, dec_position_ids, dec_attn_mask, "decoder")
+        encoder_output = encoder_output.to(parameter_dtype(self.config))
+        stream = self.decoder(stream, context.beside(encoder_output, enc_dec_attn_mask))
+        return Hidden(stream, encoder_output=encoder_output)
+
+    def _embed(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        tokentype_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        assert self.embedding is not None, "set_input_tensor before a later stage's forward"
+        embedded = self.embedding(input_ids, position_ids, tokentype_ids)
+        return embedded.to(stream_dtype(self.config))
+
+    def _parts_of(
+        self, received: torch.Tensor | None, encoder_length: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The encoder's output and the decoder's stream, which is empty where that begins."""
+        assert received is not None, "set_input_tensor before a later stage's forward"
+        split = splits_sequence(self.config, self.state)
+        rows = encoder_length // self.state.tensor.size if split else encoder_length
+        return received[:rows], received[rows:]
+
+    def _context(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor | None,
+        mask: AttentionMask,
+        stack: str,
+    ) -> Context:
+        length = input_ids.size(1)
+        relative = self.encoder_bias if stack == "encoder" else self.decoder_bias
+        if relative is not None:
+            mask = mask.with_bias(relative(length, length))
+        rotation = rotations(self.config, length, position_ids, input_ids.device)
+        return Context(mask, rotation)
 
 
 def get_language_model(

@@ -16,16 +16,37 @@ import torch
 from torch import nn
 
 from megatron.config import Config
-from megatron.mpu import ParallelState, ShardSpec, Stage, VocabParallelEmbedding
+from megatron.model.enums import ModelType
+from megatron.mpu import (
+    ParallelState,
+    ShardSpec,
+    Stage,
+    VocabParallelEmbedding,
+    gather_from_tensor_region,
+    vocab_parallel_cross_entropy,
+)
 from megatron.mpu.collectives import all_reduce
 from megatron.mpu.init import InitMethod, create_parameter, zeros
+from megatron.mpu.parallel_state import Axis
 
 
 def parameter_dtype(config: Config) -> torch.dtype:
-    """Number format of the parameters and of the activations between stages."""
+    """Number format of the parameters."""
     dtype = getattr(torch, config.model.dtype)
     assert isinstance(dtype, torch.dtype)
     return dtype
+
+
+def stream_dtype(config: Config) -> torch.dtype:
+    """Number format of the residual stream, and so of the activations between stages."""
+    dtype = parameter_dtype(config)
+    exact = config.model.fp32_residual_connection
+    return torch.promote_types(dtype, torch.float32) if exact else dtype
+
+
+def splits_sequence(config: Config, state: ParallelState) -> bool:
+    """Whether the residual stream is split along the sequence over the tensor ranks."""
+    return config.parallel.sequence_parallel and state.tensor.size > 1
 
 
 def new_parameter(
@@ -41,9 +62,11 @@ class MegatronModule(nn.Module):
     """A network, or the part of it that one pipeline stage holds.
 
     Args:
+        parallel_output: whether logits stay split along the vocabulary.
         share_word_embeddings: whether the output layer scores tokens by the word embeddings.
     """
 
+    model_type = ModelType.encoder_or_decoder
     language_model: nn.Module
 
     def __init__(
@@ -54,6 +77,7 @@ class MegatronModule(nn.Module):
         *,
         pre_process: bool | None = None,
         post_process: bool | None = None,
+        parallel_output: bool = True,
         share_word_embeddings: bool = True,
     ) -> None:
         super().__init__()
@@ -62,20 +86,23 @@ class MegatronModule(nn.Module):
         self.stage = stage
         self.pre_process = stage.is_first if pre_process is None else pre_process
         self.post_process = stage.is_last if post_process is None else post_process
+        self.parallel_output = parallel_output
         self.share_word_embeddings = share_word_embeddings
 
     def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
-        """Give the activation [s, b, h] that the previous stage sent, for the next forward."""
-        raise TypeError(f"{type(self).__name__} does not take a previous stage's activation")
+        """Give the activation that the previous stage sent, for the next forward."""
+        self.language_model.set_input_tensor(input_tensor)  # type: ignore[operator]
 
     def initialize_word_embeddings(self) -> None:
-        """Create the last stage's copy of the word embedding and make it equal to the first's.
+        """Create the last stage's copy of the word embedding and make all copies equal.
 
-        Every rank of the embedding group must call it; it does nothing on a single stage.
+        A decoder's copy of the embedding, positions included, is made equal, too. Every rank that
+        holds one of them must call it; it does nothing on a single stage.
         """
-        if not self.share_word_embeddings or (self.pre_process and self.post_process):
+        if self.pre_process and self.post_process:
             return
-        if self.post_process:
+        embedding = getattr(self.language_model, "embedding", None)
+        if self.post_process and self.share_word_embeddings and embedding is None:
             self.word_embeddings = VocabParallelEmbedding(
                 _known_vocab_size(self.config),
                 self.config.model.hidden_size,
@@ -86,10 +113,13 @@ class MegatronModule(nn.Module):
                 init_method=zeros,
                 dtype=parameter_dtype(self.config),
             )
-        if self.pre_process or self.post_process:
-            weight = self.word_embeddings_weight()
-            if self.state.embedding is not None and not weight.is_meta:
-                all_reduce(weight.data, self.state.embedding)
+        if embedding is not None or (self.post_process and self.share_word_embeddings):
+            # A last stage with an output layer of its own has no part in it.
+            shared = self.share_word_embeddings
+            axis = self.state.embedding if shared else self.state.position_embedding
+            _equalise(self.word_embeddings_weight(), axis)
+        if embedding is not None and embedding.position_embeddings is not None:
+            _equalise(embedding.position_embeddings.weight, self.state.position_embedding)
 
     def word_embeddings_weight(self) -> torch.Tensor:
         """This stage's copy of the word embedding [v / t, h].
@@ -97,14 +127,28 @@ class MegatronModule(nn.Module):
         Raises:
             RuntimeError: this stage holds none.
         """
-        if self.pre_process:
-            weight = self.language_model.embedding.word_embeddings.weight  # type: ignore[union-attr]
+        embedding = getattr(self.language_model, "embedding", None)
+        if embedding is not None:
+            weight = embedding.word_embeddings.weight
         elif self.post_process and self.share_word_embeddings:
             weight = self.word_embeddings.weight
         else:
-            raise RuntimeError("only the first and the last stage hold the word embedding")
+            raise RuntimeError("this stage holds no word embedding")
         assert isinstance(weight, torch.Tensor)
         return weight
+
+    def loss_or_logits(self, logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """The loss of each label, or without labels the logits, split as the model says.
+
+        [..., v / t], i64[...] -> [...] in float32 or wider, or [..., v / t], or the
+        [..., true vocabulary] of all ranks.
+        """
+        vocab_size = _known_vocab_size(self.config)
+        if labels is not None:
+            return vocab_parallel_cross_entropy(logits, labels, self.state.tensor, vocab_size)
+        if self.parallel_output:
+            return logits
+        return gather_from_tensor_region(logits, self.state.tensor)[..., :vocab_size]
 
     def state_dict_for_save_checkpoint(self) -> dict[str, torch.Tensor]:
         """This rank's tensors by global name; a copy that belongs to another stage is left out."""
@@ -113,6 +157,12 @@ class MegatronModule(nn.Module):
             for parameter in self.parameters()
             if parameter.shard_spec.tied_to is None  # type: ignore[attr-defined]
         }
+
+
+def _equalise(weight: torch.Tensor, axis: Axis | None) -> None:
+    """Give all ranks of the axis the values of the one that has some; the others have zeros."""
+    if axis is not None and not weight.is_meta:
+        all_reduce(weight.data, axis)
 
 
 _WORD_EMBEDDINGS = "language_model.embedding.word_embeddings.weight"
@@ -168,3 +218,9 @@ class Float16Module(nn.Module):
     def state_dict_for_save_checkpoint(self) -> dict[str, torch.Tensor]:
         """See :meth:`MegatronModule.state_dict_for_save_checkpoint`."""
         return self.module.state_dict_for_save_checkpoint()
+
+
+def in_half(model: MegatronModule) -> MegatronModule | Float16Module:
+    """``model``, wrapped where its configuration is in half precision."""
+    half = model.config.model.fp16 or model.config.model.bf16
+    return Float16Module(model) if half else model

@@ -4,198 +4,170 @@ Pre-LayerNorm (arXiv 1909.08053, figure 7): the stream itself is never normalise
 what a block reads from it, and once more behind the last layer. A block begins with a
 column-parallel product and ends with a row-parallel one.
 
-Letters: s sequence, b micro-batch, h hidden, f MLP width, n heads, d head size, t tensor size.
+Letters: s sequence, z sequence of the encoder, b micro-batch, h hidden, t tensor size.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megatron.config import Config
-from megatron.model.module import new_parameter, parameter_dtype
-from megatron.mpu import ColumnParallelLinear, ParallelState, RowParallelLinear, ShardSpec, Stage
-from megatron.mpu.init import InitMethod, normal, ones, xavier_uniform, zeros
-from megatron.ops.attention import attention
+from megatron.model.attention import ParallelAttention
+from megatron.model.enums import LayerType
+from megatron.model.mlp import ParallelMLP
+from megatron.model.residual import Norm, StreamDropout
+from megatron.mpu import ParallelState, recompute
+from megatron.ops.attention import AttentionMask
+from megatron.ops.rotary import Rotation
 
 
-def init_method_normal(sigma: float, seed: int = 1234) -> InitMethod:
-    """N(0, sigma**2)."""
-    return normal(sigma, seed)
+@dataclass(frozen=True)
+class Context:
+    """What all layers of a stack read beside the residual stream.
 
-
-def scaled_init_method_normal(sigma: float, num_layers: int, seed: int = 1234) -> InitMethod:
-    """N(0, sigma**2 / (2 * num_layers)), for the products that end in the residual stream.
-
-    The stream adds up two of them per layer; so scaled, their sum keeps the variance of one
-    (arXiv 1909.08053, section 4.1).
-    """
-    return normal(sigma / math.sqrt(2.0 * num_layers), seed)
-
-
-def init_methods(config: Config) -> tuple[InitMethod, InitMethod]:
-    """The initial values of matrices in general, and of those that end in the residual stream."""
-    model, seed = config.model, config.train.seed
-    if model.init_method_xavier_uniform:
-        return xavier_uniform(seed), xavier_uniform(seed)
-    std = model.init_method_std
-    return (
-        init_method_normal(std, seed),
-        scaled_init_method_normal(std, model.num_layers, seed),
-    )
-
-
-class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance + epsilon) * weight + bias over the last dim, whole on all ranks.
-
-    Source: arXiv 1607.06450.
+    Attributes:
+        mask: what self-attention may see.
+        rotation: rotary positions; None where there are none.
+        encoder_output: [z, b, h], what a decoder attends to; z / t with sequence parallelism.
+        encoder_mask: which of it is no padding.
     """
 
-    def __init__(self, config: Config, state: ParallelState, name: str) -> None:
-        super().__init__()
-        shape = (config.model.hidden_size,)
-        self.epsilon = config.model.layernorm_epsilon
-        self.weight = new_parameter(config, state, ShardSpec(f"{name}.weight", shape), ones)
-        self.bias = new_parameter(config, state, ShardSpec(f"{name}.bias", shape), zeros)
+    mask: AttentionMask
+    rotation: Rotation | None = None
+    encoder_output: torch.Tensor | None = None
+    encoder_mask: AttentionMask = AttentionMask()  # noqa: RUF009 - it is frozen
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., h] -> [..., h]"""
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.epsilon)
+    def beside(self, encoder_output: torch.Tensor, mask: AttentionMask) -> Context:
+        """This context for a decoder that attends to ``encoder_output``."""
+        return replace(self, encoder_output=encoder_output, encoder_mask=mask)
 
+    @property
+    def differentiable(self) -> tuple[torch.Tensor, ...]:
+        """The tensors that get a gradient."""
+        optional = (self.encoder_output, self.mask.bias)
+        return tuple(tensor for tensor in optional if tensor is not None)
 
-def gelu(x: torch.Tensor, config: Config) -> torch.Tensor:
-    """x Phi(x) (arXiv 1606.08415), or its tanh form where the configuration says so."""
-    return F.gelu(x, approximate="tanh" if config.model.openai_gelu else "none")
-
-
-class ParallelMLP(nn.Module):
-    """h -> f -> h, with the f columns split over the tensor axis."""
-
-    def __init__(self, config: Config, state: ParallelState, name: str) -> None:
-        super().__init__()
-        self.config = config
-        init, scaled_init = init_methods(config)
-        dtype = parameter_dtype(config)
-        h, f = config.model.hidden_size, config.model.ffn_size
-        self.dense_h_to_4h = ColumnParallelLinear(
-            h, f, name=f"{name}.dense_h_to_4h", state=state, init_method=init, dtype=dtype
-        )
-        self.dense_4h_to_h = RowParallelLinear(
-            f, h, name=f"{name}.dense_4h_to_h", state=state, init_method=scaled_init, dtype=dtype
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[s, b, h] -> [s, b, h]"""
-        hidden = gelu(self.dense_h_to_4h(x), self.config)  # [s, b, f / t]
-        return self.dense_4h_to_h(hidden)
-
-
-class ParallelAttention(nn.Module):
-    """Self-attention with the heads split over the tensor axis.
-
-    The rows of ``query_key_value`` are ordered [n, 3, d], so that an equal cut of them gives each
-    rank whole heads with all three of their projections.
-    """
-
-    def __init__(self, config: Config, state: ParallelState, name: str) -> None:
-        super().__init__()
-        self.state = state
-        self.dropout = config.model.attention_dropout
-        self.head_size = config.model.head_size
-        projection = config.model.num_attention_heads * self.head_size
-        init, scaled_init = init_methods(config)
-        dtype = parameter_dtype(config)
-        h = config.model.hidden_size
-        self.query_key_value = ColumnParallelLinear(
-            h,
-            3 * projection,
-            name=f"{name}.query_key_value",
-            state=state,
-            init_method=init,
-            dtype=dtype,
-        )
-        bias = self.query_key_value.bias
-        assert bias is not None
-        bias.register_hook(self._without_key_part)
-        self.dense = RowParallelLinear(
-            projection,
-            h,
-            name=f"{name}.dense",
-            state=state,
-            init_method=scaled_init,
-            dtype=dtype,
-        )
-
-    def _without_key_part(self, bias_gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of the bias [3 n d / t] with that of the keys' bias set to zero.
-
-        It adds the same number to all scores of a query, and the softmax does not see that: the
-        gradient is zero but for rounding, from which Adam would make full steps at random.
-        """
-        gradient = bias_gradient.clone()
-        gradient.view(-1, 3, self.head_size)[:, 1] = 0.0
-        return gradient
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """[s, b, h], mask bool [b, 1, 1 or s, s] -> [s, b, h]"""
-        mixed = self.query_key_value(x)  # [s, b, 3 n d / t]
-        mixed = mixed.view(*mixed.shape[:2], -1, 3, self.head_size)
-        query, key, value = mixed.unbind(dim=3)  # [s, b, n / t, d] each
-        if self.training and self.dropout > 0.0:
-            # Other heads live on the other tensor ranks: their weights drop independently.
-            with self.state.streams.split_region():
-                context = attention(query, key, value, mask, self.dropout)
-        else:
-            context = attention(query, key, value, mask, 0.0)
-        return self.dense(context)  # [s, b, n d / t] -> [s, b, h]
+    def holding(self, *tensors: torch.Tensor) -> Context:
+        """This context with other tensors in place of the differentiable ones."""
+        rest = list(tensors)
+        encoder_output = None if self.encoder_output is None else rest.pop(0)
+        bias = None if self.mask.bias is None else rest.pop(0)
+        return replace(self, encoder_output=encoder_output, mask=self.mask.with_bias(bias))
 
 
 class ParallelTransformerLayer(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: Config, state: ParallelState, name: str) -> None:
-        super().__init__()
-        self.dropout = config.model.hidden_dropout
-        self.input_layernorm = LayerNorm(config, state, f"{name}.input_layernorm")
-        self.self_attention = ParallelAttention(config, state, f"{name}.self_attention")
-        self.post_attention_layernorm = LayerNorm(config, state, f"{name}.post_attention_layernorm")
-        self.mlp = ParallelMLP(config, state, f"{name}.mlp")
-
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """[s, b, h] -> [s, b, h]"""
-        x = x + self._dropped(self.self_attention(self.input_layernorm(x), mask))
-        return x + self._dropped(self.mlp(self.post_attention_layernorm(x)))
-
-    def _dropped(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.dropout, self.training)
-
-
-class ParallelTransformer(nn.Module):
-    """The layers of one pipeline stage, and behind the last of all layers a LayerNorm."""
+    """x + attention(norm(x)), in a decoder x + attention(norm(x), encoder), x + mlp(norm(x))."""
 
     def __init__(
         self,
         config: Config,
         state: ParallelState,
-        stage: Stage,
+        name: str,
+        layer_type: LayerType = LayerType.encoder,
+    ) -> None:
+        super().__init__()
+        self.normalised_residual = config.model.apply_residual_connection_post_layernorm
+        self.dropout = StreamDropout(config, state)
+        self.input_layernorm = Norm(config, state, f"{name}.input_layernorm")
+        self.self_attention = ParallelAttention(config, state, f"{name}.self_attention")
+        self.post_attention_layernorm = Norm(config, state, f"{name}.post_attention_layernorm")
+        if layer_type is LayerType.decoder:
+            self.inter_attention = ParallelAttention(
+                config, state, f"{name}.inter_attention", cross=True
+            )
+            self.post_inter_attention_layernorm = Norm(
+                config, state, f"{name}.post_inter_attention_layernorm"
+            )
+        self.layer_type = layer_type
+        self.mlp = ParallelMLP(config, state, f"{name}.mlp")
+
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        """[s, b, h] -> [s, b, h]; s / t positions with sequence parallelism"""
+        normalised = self.input_layernorm(x)
+        attended = self.self_attention(normalised, context.mask, rotation=context.rotation)
+        x = self._residual(x, normalised) + self.dropout(attended)
+
+        normalised = self.post_attention_layernorm(x)
+        if self.layer_type is LayerType.decoder:
+            attended = self.inter_attention(
+                normalised, context.encoder_mask, encoder_output=context.encoder_output
+            )
+            x = self._residual(x, normalised) + self.dropout(attended)
+            normalised = self.post_inter_attention_layernorm(x)
+
+        return self._residual(x, normalised) + self.dropout(self.mlp(normalised))
+
+    def _residual(self, x: torch.Tensor, normalised: torch.Tensor) -> torch.Tensor:
+        return normalised.to(x.dtype) if self.normalised_residual else x
+
+
+class ParallelTransformer(nn.Module):
+    """The layers of one stack on one pipeline stage, and behind the last of all a norm.
+
+    Args:
+        numbers: the layers' numbers within the stack.
+        post_process: whether the stack ends here.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        state: ParallelState,
+        numbers: Sequence[int],
         *,
         name: str,
         post_process: bool,
+        layer_type: LayerType = LayerType.encoder,
     ) -> None:
         super().__init__()
+        self.state = state
         self.layers = nn.ModuleList(
-            ParallelTransformerLayer(config, state, f"{name}.layers.{number}")
-            for number in stage.layers
+            ParallelTransformerLayer(config, state, f"{name}.layers.{number}", layer_type)
+            for number in numbers
         )
         self.final_layernorm = (
-            LayerNorm(config, state, f"{name}.final_layernorm") if post_process else None
+            Norm(config, state, f"{name}.final_layernorm") if post_process else None
+        )
+        self.recomputed = _recomputed_runs(config, len(self.layers))
+        self.stores_split = config.parallel.distribute_saved_activations
+
+    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+        """[s, b, h] -> [s, b, h]; s / t positions with sequence parallelism"""
+        done = 0
+        if self.training:
+            for run in self.recomputed:
+                x = self._run_recomputed(run, x, context)
+                done = run.stop
+        for layer in self.layers[done:]:
+            x = layer(x, context)
+        return x if self.final_layernorm is None else self.final_layernorm(x)
+
+    def _run_recomputed(self, run: range, x: torch.Tensor, context: Context) -> torch.Tensor:
+        def part(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
+            own = context.holding(*tensors)
+            for number in run:
+                x = self.layers[number](x, own)
+            return x
+
+        split_axis = self.state.tensor if self.stores_split else None
+        return recompute(
+            part,
+            x,
+            *context.differentiable,
+            streams=self.state.streams,
+            split_axis=split_axis,
         )
 
-    def forward(self, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        """[s, b, h] -> [s, b, h]"""
-        for layer in self.layers:
-            x = layer(x, mask)
-        return x if self.final_layernorm is None else self.final_layernorm(x)
+
+def _recomputed_runs(config: Config, layers: int) -> list[range]:
+    """The runs of a stage's layers that are recomputed together; the layers behind them are not."""
+    parallel, number = config.parallel, config.parallel.recompute_num_layers
+    if parallel.recompute_granularity != "full":
+        return []
+    if parallel.recompute_method == "block":
+        return [range(i, i + 1) for i in range(min(number, layers))]
+    return [range(i, min(i + number, layers)) for i in range(0, layers, number)]

@@ -1,16 +1,50 @@
 """The attention core: softmax(q k^T / sqrt(d)) v.
 
-Letters: s sequence, b micro-batch, n heads of this rank, d head size.
+Which keys a query may see is an :class:`AttentionMask`, in parts: whether keys must not be ahead,
+which keys are padding, where documents end. No part of it is as large as s x s, except the bias of
+T5. Documents are taken one by one, so that attention across them costs nothing, neither memory nor
+work.
+
+Letters: s sequence, z sequence of the keys, b micro-batch, n heads of this rank, g heads of keys
+and values, d head size, m most documents in a sequence.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
 import torch
 import torch.nn.functional as F
 
+from megatron.ops.dropout import dropout
+
+
+@dataclass(frozen=True)
+class AttentionMask:
+    """What a query may see, and how much it prefers it.
+
+    Attributes:
+        causal: only keys at its own position and before.
+        keys: bool[b, 1, 1, z], True where a key is real; None where all are.
+        document_lengths: i64[b, m] on the host, the lengths of the documents that make up each
+            row, filled up with zeros: only keys of its own document. None for one document.
+        bias: [1, n, s, z] added to the scores; None for none.
+    """
+
+    causal: bool = False
+    keys: torch.Tensor | None = None
+    document_lengths: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    def with_bias(self, bias: torch.Tensor | None) -> AttentionMask:
+        """This mask with another bias."""
+        return replace(self, bias=bias)
+
 
 def padding_mask(real: torch.Tensor) -> torch.Tensor | None:
-    """The attention core's mask for keys that are padding.
+    """The ``keys`` of a mask for keys that may be padding.
 
     Args:
         real: bool[b, s], True where a token is real.
@@ -24,23 +58,104 @@ def padding_mask(real: torch.Tensor) -> torch.Tensor | None:
     return real[:, None, None, :]
 
 
-def attention(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    dropout: float,
-) -> torch.Tensor:
-    """Scaled dot-product attention through PyTorch's fused implementations.
+@dataclass(frozen=True)
+class AttentionCore:
+    """softmax(q k^T / sqrt(d)) v in one way of computing it.
 
-    Args:
-        query, key, value: [s, b, n, d].
-        mask: bool, broadcastable to [b, n, s, s], True where a query may look; None for all.
+    Attributes:
         dropout: probability with which an attention weight is dropped.
-
-    Returns:
-        [s, b, n * d].
+        fused: through PyTorch's fused implementations, whose softmax is in float32; else one
+            operation after another, holding all attention weights.
+        softmax_in_fp32: whether the unfused softmax of half precision is taken in float32.
     """
-    query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, d]
-    context = F.scaled_dot_product_attention(query, key, value, mask, dropout_p=dropout)
-    return context.permute(2, 0, 1, 3).flatten(2)
+
+    dropout: float = 0.0
+    fused: bool = True
+    softmax_in_fp32: bool = False
+
+    def __call__(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: AttentionMask
+    ) -> torch.Tensor:
+        """[s, b, n, d], [z, b, g, d], [z, b, g, d] -> [s, b, n * d]; g divides n."""
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, d]
+        if mask.document_lengths is None:
+            context = self._attend(query, key, value, mask)
+        else:
+            context = self._by_document(query, key, value, mask)
+        return context.permute(2, 0, 1, 3).flatten(2)
+
+    def _by_document(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: AttentionMask
+    ) -> torch.Tensor:
+        """Each document by itself; on paper, the blocks on the diagonal of an s x s mask."""
+        assert mask.document_lengths is not None and mask.keys is None and mask.bias is None
+        own = replace(mask, document_lengths=None)
+        rows = []
+        for row, lengths in enumerate(mask.document_lengths.tolist()):
+            parts = []
+            for start, stop in _bounds(lengths):
+                at = slice(row, row + 1), slice(None), slice(start, stop)
+                parts.append(self._attend(query[at], key[at], value[at], own))
+            rows.append(torch.cat(parts, dim=2))
+        return torch.cat(rows)
+
+    def _attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: AttentionMask
+    ) -> torch.Tensor:
+        """[b, n, s, d] each -> [b, n, s, d]"""
+        if self.fused:
+            dense = _dense(mask, query, key)
+            return F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                dense,
+                dropout_p=self.dropout,
+                is_causal=mask.causal and dense is None,
+                enable_gqa=key.size(1) != query.size(1),
+            )
+        if key.size(1) != query.size(1):
+            shared = query.size(1) // key.size(1)
+            key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+        scores = (query @ key.transpose(2, 3)) / math.sqrt(query.size(3))  # [b, n, s, z]
+        dense = _dense(mask, query, key, always=True)
+        if dense is not None:
+            scores = _masked(scores, dense)
+        softmax_dtype = torch.float32 if self.softmax_in_fp32 else scores.dtype
+        softmax_dtype = torch.promote_types(softmax_dtype, scores.dtype)
+        weights = torch.softmax(scores, dim=-1, dtype=softmax_dtype).to(scores.dtype)
+        return dropout(weights, self.dropout) @ value
+
+
+def _bounds(lengths: list[int]) -> Iterator[tuple[int, int]]:
+    """Where each document of a row begins and ends."""
+    start = 0
+    for length in lengths:
+        if length:
+            yield start, start + length
+            start += length
+
+
+def _masked(scores: torch.Tensor, dense: torch.Tensor) -> torch.Tensor:
+    if dense.dtype == torch.bool:
+        return scores.masked_fill(~dense, float("-inf"))
+    return scores + dense
+
+
+def _dense(
+    mask: AttentionMask, query: torch.Tensor, key: torch.Tensor, always: bool = False
+) -> torch.Tensor | None:
+    """The mask as one tensor that broadcasts to [b, n, s, z]: bool, or scores to add.
+
+    None where it would say nothing, or only that it is causal and this is not ``always`` wanted.
+    """
+    if not always and mask.keys is None and mask.bias is None:
+        return None
+    seen = mask.keys
+    if mask.causal:
+        shape = query.size(2), key.size(2)
+        not_ahead = torch.ones(shape, dtype=torch.bool, device=query.device).tril()
+        seen = not_ahead if seen is None else seen & not_ahead
+    if mask.bias is None:
+        return seen
+    return mask.bias if seen is None else mask.bias.masked_fill(~seen, float("-inf"))
