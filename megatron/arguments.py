@@ -1,9 +1,10 @@
 """From a command line to a configuration, or to all that is wrong with it.
 
 In order: the words are cut into flags and their values; the lines of `--config-file` are put before
-them, so that the command line wins; old names become new ones; each value is read as its flag's
-type; combinations are checked. Every step goes on after a mistake, and all mistakes are reported
-together. (argparse stops at the first one, which is why it is not used.)
+them, so that the command line wins; old names become new ones, and what they imply is put before
+all that is said outright; each value is read as its flag's type; combinations are checked. Every
+step goes on after a mistake, and all mistakes are reported together. (argparse stops at the first
+one, which is why it is not used.)
 
 Flags are never abbreviated. A switch may be given a value, `--fp16 false`, to overrule a file.
 """
@@ -22,7 +23,7 @@ import yaml
 from megatron.config import SECTIONS, Config, all_flags
 from megatron.errors import ConfigError, exit_with
 from megatron.flag_reference import help_text
-from megatron.old_flags import OLD_FLAGS, Obsolete, Renamed, Unavailable
+from megatron.old_flags import OLD_FLAGS, Obsolete, Renamed, StandsFor, Unavailable
 from megatron.validation import find_problems
 
 _HELP = ("-h", "--help")
@@ -45,24 +46,27 @@ def parse_config(
     description: str = "",
     defaults: Mapping[str, Any] | None = None,
     required: Iterable[str] = (),
+    model: str | None = None,
 ) -> Config:
     """The configuration that a command line asks for; ends the process with 2 where it is wrong.
 
     argv: the words after the program's name, by default this process's; defaults: values by field
     name that this program uses in place of the fields' own; required: names of fields that this
-    program cannot do without. The number of ranks is torchrun's WORLD_SIZE.
+    program cannot do without; model: the value of --model-type, of a program that trains but one
+    model. The number of ranks is torchrun's WORLD_SIZE.
     """
     argv = sys.argv[1:] if argv is None else argv
-    defaults = defaults or {}
     if any(word in _HELP for word in argv):
         width = min(shutil.get_terminal_size().columns, 110)
-        sys.stdout.write(help_text(prog, description, defaults, tuple(required), width))
+        shown = _defaults(defaults, model)
+        sys.stdout.write(help_text(prog, description, shown, tuple(required), width))
         sys.exit(0)
     try:
         config, notes = read_config(
             argv,
             defaults=defaults,
             required=required,
+            model=model,
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
         )
     except ConfigError as error:
@@ -77,10 +81,12 @@ def read_config(
     *,
     defaults: Mapping[str, Any] | None = None,
     required: Iterable[str] = (),
+    model: str | None = None,
     world_size: int = 1,
 ) -> tuple[Config, list[str]]:
     """The configuration that `argv` asks for, and a line about each old name in it.
 
+    defaults, required, model: as for `parse_config`.
     Raises ConfigError with every problem that `argv` and its configuration file have.
     """
     problems: list[str] = []
@@ -88,7 +94,7 @@ def read_config(
     current, notes = _renamed(given, problems)
     flags = all_flags()
     values = {name: flag.default for name, flag in flags.items() if not flag.required}
-    values |= defaults or {}
+    values |= _defaults(defaults, model)
     unreadable = set()
     for each in current:
         flag = flags[_field_name(each.name)]
@@ -105,10 +111,18 @@ def read_config(
         for name, flag in flags.items()
         if name not in values and name not in unreadable
     )
+    found_model = values.get("model_type", model)
+    if model is not None and found_model != model:
+        problems.append(f"--model-type {found_model}: this program trains {model}")
     problems += find_problems(values, world_size)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return Config.from_flags(values), notes
+
+
+def _defaults(defaults: Mapping[str, Any] | None, model: str | None) -> dict[str, Any]:
+    """The values that a program uses in place of the fields' own."""
+    return dict(defaults or {}) | ({} if model is None else {"model_type": model})
 
 
 def _split(argv: list[str], problems: list[str]) -> list[Given]:
@@ -184,12 +198,19 @@ def _renamed(given: list[Given], problems: list[str]) -> tuple[list[Given], list
     """The flags under today's names, and a line about each old one; unknown names are problems."""
     known = {flag.option[2:] for flag in all_flags().values()}
     current: list[Given] = []
+    implied: list[Given] = []
     notes: dict[str, None] = {}  # a set that keeps its order
     for each in given:
         match None if each.name in known else OLD_FLAGS.get(_dashed(each.name)):
             case Renamed() as old:
                 notes[f"--{each.name} {old.note}"] = None
                 current.append(Given(old.to, each.raw, each.where))
+                if each.raw is not None:
+                    implied += _flags(old.also, each.where)
+            case StandsFor() as old:
+                asked = _switched(each, problems)
+                notes |= dict.fromkeys([f"--{each.name} {old.note}"] if asked else [])
+                implied += _flags(old.flags, each.where) if asked else []
             case Obsolete() as old:
                 notes[f"--{each.name} {old.note}"] = None
             case Unavailable() as old:
@@ -199,12 +220,32 @@ def _renamed(given: list[Given], problems: list[str]) -> tuple[list[Given], list
                 current.append(each)
             case None:
                 problems.append(f"{each.where}unknown flag --{each.name}{_did_you_mean(each.name)}")
-    return current, list(notes)
+    return implied + current, list(notes)
+
+
+def _flags(values: Mapping[str, str], where: str) -> list[Given]:
+    return [Given(name, value, where) for name, value in values.items()]
+
+
+def _switched(given: Given, problems: list[str]) -> bool:
+    """Whether a switch is on."""
+    value = str(_single(given.raw)).lower()
+    if value not in ("[]", "true", "false", "none"):
+        problems.append(
+            f"{given.where}--{given.name} expects no value, or true or false, found "
+            f"{_single(given.raw)!r}"
+        )
+    return value in ("[]", "true")
 
 
 def _asked_for(raw: object, old: Unavailable) -> bool:
-    (value,) = raw if isinstance(raw, list) and len(raw) == 1 else (raw,)
+    value = _single(raw)
     return value is not None and str(value).lower() != old.harmless
+
+
+def _single(raw: object) -> object:
+    """The one word of a command line, or the value of a file."""
+    return raw[0] if isinstance(raw, list) and len(raw) == 1 else raw
 
 
 def _did_you_mean(name: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from megatron.config import all_flags
 from megatron.config.flags import Flag
-from megatron.old_flags import OLD_FLAGS, Obsolete, OldFlag, Renamed, Unavailable
+from megatron.old_flags import OLD_FLAGS, Obsolete, OldFlag, Renamed, StandsFor, Unavailable
 
 _CONFIG_FILE_HELP = (
     "take flags from a YAML file, as lines such as num-layers: 24; "
@@ -31,8 +31,9 @@ what a file has turned on. Flags are never abbreviated, and a flag given twice h
 _OLD_NAMES = """
 ## Old names
 
-Flags of Megatron-LM's launch scripts that are no flags here. Those with another name set it, those
-without effect are accepted, each with one line on stderr. What is not available is an error.
+Flags of Megatron-LM's launch scripts that are no flags here. Those with another name set it; those
+that stand for others set them, unless these are given as well; those without effect are accepted,
+each with one line on stderr. What is not available is an error.
 
 | flag | what becomes of it |
 |---|---|
@@ -99,12 +100,18 @@ def reference_page() -> str:
 
 def _fate(old: OldFlag) -> str:
     match old:
-        case Renamed(to):
-            return f"sets `--{to}`"
+        case Renamed(to, also):
+            return f"sets `--{to}`" + (f" and {_stated(also)}" if also else "")
+        case StandsFor(flags):
+            return f"stands for {_stated(flags)}"
         case Obsolete(reason):
             return f"no effect: {reason}"
         case Unavailable(what):
             return f"not available: {what}"
+
+
+def _stated(flags: Mapping[str, str]) -> str:
+    return ", ".join(f"`--{name} {value}`" for name, value in flags.items())
 
 
 def _metavar(flag: Flag) -> str:

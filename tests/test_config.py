@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.config import SECTIONS, Config, ParallelConfig, all_flags
-from megatron.errors import ConfigError
 from megatron.config.flags import flags_of, in_interval
+from megatron.errors import ConfigError
 from megatron.validation import CHECKS, validate
 from tests.configs import small, valid_values
 
@@ -124,6 +124,12 @@ def test_intervals(value: float, low: int, high: int) -> None:
     assert not in_interval(low, f"({low}, {high})")
 
 
+GPT = {"model_type": "gpt"}
+T5 = {"model_type": "t5", "vocab_extra_ids": 100}
+ROPE = {"position_embedding_type": "rope"}
+TWO_STAGES = {"pipeline_model_parallel_size": 2}
+RAMP = {"train_iters": None, "train_samples": 99, "global_batch_size": 8}
+
 # Fields that are set, number of ranks, and the one problem that they are.
 MISTAKES: list[tuple[dict[str, Any], int, str]] = [
     (
@@ -134,13 +140,13 @@ MISTAKES: list[tuple[dict[str, Any], int, str]] = [
     (
         {"num_layers": 5, "pipeline_model_parallel_size": 2},
         2,
-        "--num-layers 5 is not divisible by --pipeline-model-parallel-size 2: "
+        "--num-layers 5 is not divisible by the 2 stages of --pipeline-model-parallel-size 2: "
         "state the layers of each stage with --pipeline-layers",
     ),
     (
         {"pipeline_model_parallel_size": 2, "pipeline_layers": (1, 2, 1)},
         2,
-        "--pipeline-layers 1,2,1 states 3 stages, --pipeline-model-parallel-size is 2",
+        "--pipeline-layers 1,2,1 states 3 stages, expected 2 by --pipeline-model-parallel-size 2",
     ),
     (
         {"pipeline_model_parallel_size": 2, "pipeline_layers": (2, 3)},
@@ -230,12 +236,236 @@ MISTAKES: list[tuple[dict[str, Any], int, str]] = [
     ({"split": "0,0,0"}, 1, "--split '0,0,0': expected up to three weights"),
     ({"split": "1,1,1,1"}, 1, "--split '1,1,1,1': expected up to three weights"),
     ({"tokenizer_type": "GPT2BPETokenizer", "vocab_file": __file__}, 1, "needs --merge-file"),
-    ({"data_path": ("a", "b")}, 1, "--data-path expects the prefix of one dataset, found 2 values"),
+    ({"data_path": ("a", "b")}, 1, "--data-path expects a positive weight before b, found 'a'"),
+    ({"data_path": ("1", "a", "b")}, 1, "or a weight in front of each; found 3 values: 1 a b"),
     ({"data_path": ("a.idx",)}, 1, "--data-path a.idx is a file: give its path without .idx"),
+    ({"tokenizer_model": "/nowhere"}, 1, "--tokenizer-model /nowhere does not exist"),
+    (
+        {"tokenizer_type": "SentencePieceTokenizer"},
+        1,
+        "--tokenizer-type SentencePieceTokenizer needs --tokenizer-model",
+    ),
     ({"vocab_file": "/nowhere/vocab.txt"}, 1, "--vocab-file /nowhere/vocab.txt does not exist"),
     ({"vocab_file": "/"}, 1, "--vocab-file / is no file"),
     ({"load": "/nowhere"}, 1, "--load /nowhere does not exist"),
     ({"save": __file__}, 1, "is a file, not a directory"),
+    # Models
+    ({"decoder_num_layers": 2}, 1, "--decoder-num-layers is for T5 alone; the model is BERT"),
+    (GPT | {"decoder_seq_length": 9}, 1, "--decoder-seq-length is for T5 alone; the model is GPT"),
+    (
+        {"pipeline_model_parallel_size": 2, "pipeline_model_parallel_split_rank": 1},
+        2,
+        "--pipeline-model-parallel-split-rank is for T5 alone; the model is BERT",
+    ),
+    ({"vocab_extra_ids": 100}, 1, "--vocab-extra-ids is for T5 alone; the model is BERT"),
+    (GPT | {"mean_span_length": 2.0}, 1, "--mean-span-length is for T5 alone; the model is GPT"),
+    (T5 | {"vocab_extra_ids": 0}, 1, "--vocab-extra-ids 0 leaves T5 no sentinel tokens"),
+    (
+        GPT | {"position_embedding_type": "relative"},
+        1,
+        "--position-embedding-type relative is for T5 alone; the model is GPT",
+    ),
+    ({"reset_position_ids": True}, 1, "--reset-position-ids is for GPT alone; the model is BERT"),
+    (T5 | {"reset_attention_mask": True}, 1, "--reset-attention-mask is for GPT alone"),
+    ({"eod_mask_loss": True}, 1, "--eod-mask-loss is for GPT alone; the model is BERT"),
+    (GPT | {"mask_prob": 0.2}, 1, "--mask-prob is for BERT and T5 alone; the model is GPT"),
+    (GPT | {"short_seq_prob": 0.2}, 1, "--short-seq-prob is for BERT and T5 alone"),
+    (
+        {"untie_embeddings_and_output_weights": True},
+        1,
+        "--untie-embeddings-and-output-weights is for GPT and T5 alone; the model is BERT",
+    ),
+    (T5 | {"bert_no_binary_head": True}, 1, "--bert-no-binary-head is for BERT alone"),
+    # Layers
+    (
+        {"num_query_groups": 3},
+        1,
+        "--num-attention-heads 4 is not divisible by --num-query-groups 3",
+    ),
+    (
+        {"num_query_groups": 2, "tensor_model_parallel_size": 4},
+        4,
+        "--num-query-groups 2 is not divisible by --tensor-model-parallel-size 4",
+    ),
+    (
+        T5 | {"decoder_seq_length": 65},
+        1,
+        "--decoder-seq-length 65 is larger than --max-position-embeddings 64",
+    ),
+    (ROPE | {"rotary_percent": 0.4}, 1, "--rotary-percent 0.4 of a head's 8 channels is 3"),
+    (ROPE | {"rotary_percent": 0.1}, 1, "--rotary-percent 0.1 of a head's 8 channels is 0"),
+    (ROPE | {"kv_channels": 7}, 1, "--rotary-percent 1 of a head's 7 channels is 7"),
+    ({"rotary_base": 5e5}, 1, "--rotary-base needs --position-embedding-type rope"),
+    (
+        T5 | {"relative_attention_num_buckets": 16},
+        1,
+        "--relative-attention-num-buckets needs --position-embedding-type relative",
+    ),
+    (
+        T5 | {"position_embedding_type": "relative", "relative_attention_max_distance": 16},
+        1,
+        "--relative-attention-max-distance 16 is not larger than half of "
+        "--relative-attention-num-buckets 32",
+    ),
+    ({"swiglu": True, "geglu": True}, 1, "--swiglu and --geglu exclude each other"),
+    ({"swiglu": True, "openai_gelu": True}, 1, "--swiglu and --openai-gelu exclude each other"),
+    ({"fp32_residual_connection": True}, 1, "--fp32-residual-connection needs --fp16 or --bf16"),
+    # Layouts
+    (
+        {
+            "swiglu": True,
+            "num_attention_heads": 3,
+            "hidden_size": 33,
+            "tensor_model_parallel_size": 3,
+        },
+        3,
+        "the MLP's width for --hidden-size 33, 64 is not divisible by "
+        "--tensor-model-parallel-size 3",
+    ),
+    (
+        {"seq_length": 63, "sequence_parallel": True, "tensor_model_parallel_size": 2},
+        2,
+        "--sequence-parallel: --seq-length 63 is not divisible by --tensor-model-parallel-size 2",
+    ),
+    (
+        T5 | {"decoder_seq_length": 9, "sequence_parallel": True, "tensor_model_parallel_size": 2},
+        2,
+        "--sequence-parallel: --decoder-seq-length 9 is not divisible by",
+    ),
+    (
+        {"num_layers_per_virtual_pipeline_stage": 2, "pipeline_model_parallel_size": 2},
+        2,
+        "interleaving needs at least two stages on each rank: --num-layers 4 gives one to each of "
+        "--pipeline-model-parallel-size 2",
+    ),
+    (
+        {"num_layers": 6, "num_layers_per_virtual_pipeline_stage": 2} | TWO_STAGES,
+        2,
+        "--num-layers 6 is not divisible by --pipeline-model-parallel-size 2 x "
+        "--num-layers-per-virtual-pipeline-stage 2",
+    ),
+    (
+        {"pipeline_schedule": "interleaved"} | TWO_STAGES,
+        2,
+        "--pipeline-schedule interleaved needs "
+        "--num-layers-per-virtual-pipeline-stage or --pipeline-layers",
+    ),
+    (
+        {"pipeline_schedule": "interleaved", "pipeline_layers": (1, 1, 2)} | TWO_STAGES,
+        2,
+        "--pipeline-layers 1,1,2 states 3 stages, not a multiple of "
+        "--pipeline-model-parallel-size 2",
+    ),
+    (
+        {"num_layers_per_virtual_pipeline_stage": 2},
+        1,
+        "--num-layers-per-virtual-pipeline-stage 2 needs --pipeline-model-parallel-size above 1",
+    ),
+    (
+        {"num_layers_per_virtual_pipeline_stage": 1, "pipeline_schedule": "zb-h1"} | TWO_STAGES,
+        2,
+        "--num-layers-per-virtual-pipeline-stage 1 is interleaved 1F1B, "
+        "--pipeline-schedule is zb-h1",
+    ),
+    (
+        {"num_layers_per_virtual_pipeline_stage": 1, "pipeline_layers": (1, 1, 1, 1)} | TWO_STAGES,
+        2,
+        "--pipeline-layers and --num-layers-per-virtual-pipeline-stage exclude each other",
+    ),
+    (
+        T5 | {"num_layers_per_virtual_pipeline_stage": 1} | TWO_STAGES,
+        2,
+        "--num-layers-per-virtual-pipeline-stage 1: the pipeline of an encoder-decoder is not "
+        "interleaved",
+    ),
+    (
+        T5 | {"pipeline_model_parallel_split_rank": 2} | TWO_STAGES,
+        2,
+        "--pipeline-model-parallel-split-rank 2 leaves no rank to the decoder: "
+        "--pipeline-model-parallel-size is 2",
+    ),
+    (
+        T5 | {"pipeline_model_parallel_split_rank": 1},
+        1,
+        "--pipeline-model-parallel-split-rank 1 leaves no rank to the decoder: "
+        "--pipeline-model-parallel-size is 1",
+    ),
+    (
+        T5 | {"pipeline_layers": (4, 2)} | TWO_STAGES,
+        2,
+        "--pipeline-layers 4,2 sums to 2 in the decoder, --decoder-num-layers is 4",
+    ),
+    (
+        T5 | {"pipeline_layers": (4, 2, 2)} | TWO_STAGES,
+        2,
+        "--pipeline-layers 4,2,2 states 3 stages, expected 2 by --pipeline-model-parallel-size 2",
+    ),
+    (
+        T5 | {"decoder_num_layers": 2, "pipeline_layers": (5,)},
+        1,
+        "--pipeline-layers 5 sums to 5, --num-layers + --decoder-num-layers is 6",
+    ),
+    ({"pipeline_costs": (1.0,), "pipeline_schedule": "zb-2p"}, 1, "expects four numbers, found 1"),
+    (
+        {"pipeline_costs": (1.0, 1.0, 1.0, 0.1)},
+        1,
+        "--pipeline-costs needs --pipeline-schedule zb-2p, found 1f1b",
+    ),
+    ({"shard_gradients": True}, 1, "--shard-gradients needs --use-distributed-optimizer"),
+    (
+        {"shard_gradients": True, "use_distributed_optimizer": True} | TWO_STAGES,
+        2,
+        "--shard-gradients needs --pipeline-model-parallel-size 1, found 2",
+    ),
+    (
+        {"recompute_granularity": "selective", "recompute_method": "block"},
+        1,
+        "--recompute-method block needs --recompute-granularity full",
+    ),
+    (
+        {"recompute_num_layers": 2},
+        1,
+        "--recompute-num-layers 2 needs --recompute-granularity full",
+    ),
+    (
+        {"distribute_saved_activations": True, "tensor_model_parallel_size": 2},
+        2,
+        "--distribute-saved-activations needs --recompute-granularity full",
+    ),
+    (
+        {"distribute_saved_activations": True, "recompute_granularity": "full"},
+        1,
+        "--distribute-saved-activations needs --tensor-model-parallel-size above 1",
+    ),
+    (
+        {
+            "distribute_saved_activations": True,
+            "recompute_granularity": "full",
+            "sequence_parallel": True,
+            "tensor_model_parallel_size": 2,
+        },
+        2,
+        "--distribute-saved-activations and --sequence-parallel exclude each other",
+    ),
+    # Growing batches
+    (RAMP | {"rampup_batch_size": (4, 2)}, 1, "expects START INCREMENT SAMPLES, found 4 2"),
+    (
+        {"rampup_batch_size": (4, 2, 30), "global_batch_size": 8},
+        1,
+        "--rampup-batch-size needs --train-samples in place of --train-iters",
+    ),
+    (
+        RAMP | {"rampup_batch_size": (4, 6, 30), "global_batch_size": 16},
+        2,
+        "--rampup-batch-size: INCREMENT 6 is not divisible by --micro-batch-size 2 x "
+        "data-parallel size 2 = 4",
+    ),
+    (RAMP | {"rampup_batch_size": (8, 2, 30)}, 1, "START 8 is not below the global batch, 8"),
+    (
+        RAMP | {"rampup_batch_size": (2, 4, 30)},
+        1,
+        "--rampup-batch-size: steps of 4 do not lead from 2 to the global batch, 8",
+    ),
 ]
 
 

@@ -11,10 +11,15 @@ from megatron.errors import ConfigError
 class ModelConfig:
     """The network: its size, its regularisation, its initial values and its number format."""
 
+    model_type: str = flag(
+        "network that is trained; each of the pretrain programs trains its own",
+        default="bert",
+        choices=("bert", "gpt", "t5"),
+        topic="Network size",
+    )
     num_layers: int = flag(
         "number of transformer layers; of an encoder-decoder, those of the encoder",
         bounds="[1, inf)",
-        topic="Network size",
     )
     decoder_num_layers: int | None = flag(
         "layers of an encoder-decoder's decoder; num-layers where not given",
@@ -27,7 +32,10 @@ class ModelConfig:
         "positions that the model can tell apart; the longest possible sequence", bounds="[1, inf)"
     )
     ffn_hidden_size: int | None = flag(
-        "width of the MLP; 4 x hidden-size where not given", default=None, bounds="[1, inf)"
+        "width of the MLP; where not given, 4 x hidden-size, and of a gated one the multiple of 64 "
+        "below two thirds of that, which has as many weights",
+        default=None,
+        bounds="[1, inf)",
     )
     kv_channels: int | None = flag(
         "width of one attention head; hidden-size / heads where not given",
@@ -51,7 +59,7 @@ class ModelConfig:
         bounds="[1, inf)",
     )
     untie_embeddings_and_output_weights: bool = flag(
-        "give GPT an output layer of its own in place of the word embeddings", default=False
+        "give GPT or T5 an output layer of its own in place of the word embeddings", default=False
     )
 
     position_embedding_type: str = flag(
@@ -68,7 +76,7 @@ class ModelConfig:
         "share of each head's channels that rotary positions turn", default=1.0, bounds="(0, 1]"
     )
     relative_attention_num_buckets: int = flag(
-        "distances that the relative bias tells apart", default=32, bounds="[2, inf)"
+        "distances that the relative bias tells apart", default=32, bounds="[4, inf)"
     )
     relative_attention_max_distance: int = flag(
         "distance from which on the relative bias is constant", default=128, bounds="[2, inf)"
@@ -136,8 +144,12 @@ class ModelConfig:
 
     @property
     def ffn_size(self) -> int:
-        """Width of the MLP."""
-        return self.ffn_hidden_size or 4 * self.hidden_size
+        """Width of the MLP, of a gated one that of each of its two projections."""
+        if self.ffn_hidden_size is not None:
+            return self.ffn_hidden_size
+        if self.is_gated:
+            return max(64, 8 * self.hidden_size // 3 // 64 * 64)
+        return 4 * self.hidden_size
 
     @property
     def head_size(self) -> int:
@@ -148,6 +160,11 @@ class ModelConfig:
     def key_value_heads(self) -> int:
         """Heads of keys and values."""
         return self.num_query_groups or self.num_attention_heads
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of a head that rotary positions turn, in pairs."""
+        return int(self.head_size * self.rotary_percent)
 
     @property
     def decoder_layers(self) -> int:

@@ -130,7 +130,8 @@ class ParallelConfig:
         stages = self.pipeline_model_parallel_size * self.virtual_stages(num_layers)
         if self.pipeline_layers is None:
             return self._equal_shares("--num-layers", num_layers, stages)
-        self._check_stated(self.pipeline_layers, stages, "--num-layers", num_layers)
+        self._check_count(stages)
+        self._check_sum(self.pipeline_layers, "", "--num-layers", num_layers)
         return self.pipeline_layers
 
     def split_rank(self) -> int:
@@ -139,31 +140,37 @@ class ParallelConfig:
         Raises ConfigError where it leaves the encoder or the decoder without a rank.
         """
         ranks, split = self.pipeline_model_parallel_size, self.pipeline_model_parallel_split_rank
-        if ranks == 1:
-            return 0
         if split is not None and split >= ranks:
             raise ConfigError(
                 f"--pipeline-model-parallel-split-rank {split} leaves no rank to the decoder: "
                 f"--pipeline-model-parallel-size is {ranks}"
             )
-        return split or ranks // 2
+        return split or ranks // 2  # of one rank 0
 
     def encoder_decoder_layers(
         self, encoder: int, decoder: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Layers of each encoder and of each decoder stage; raises ConfigError."""
+        """Layers of each encoder and of each decoder stage; raises ConfigError.
+
+        One rank holds both in one stage.
+        """
         ranks, split = self.pipeline_model_parallel_size, self.split_rank()
-        if ranks == 1:
-            return (encoder,), (decoder,)
         names = "--num-layers", "--decoder-num-layers"
-        if self.pipeline_layers is None:
+        stated = self.pipeline_layers
+        if stated is not None:
+            self._check_count(ranks)
+        if ranks == 1:
+            if stated is not None:
+                self._check_sum(stated, "", " + ".join(names), encoder + decoder)
+            return (encoder,), (decoder,)
+        if stated is None:
             return (
                 self._equal_shares(names[0], encoder, split),
                 self._equal_shares(names[1], decoder, ranks - split),
             )
-        first, second = self.pipeline_layers[:split], self.pipeline_layers[split:]
-        self._check_stated(first, split, names[0], encoder)
-        self._check_stated(second, ranks - split, names[1], decoder)
+        first, second = stated[:split], stated[split:]
+        self._check_sum(first, " in the encoder", names[0], encoder)
+        self._check_sum(second, " in the decoder", names[1], decoder)
         return first, second
 
     @property
@@ -179,14 +186,19 @@ class ParallelConfig:
             )
         return (layers // stages,) * stages
 
-    def _check_stated(self, stated: tuple[int, ...], stages: int, option: str, layers: int) -> None:
-        if len(stated) != stages:
+    def _check_count(self, stages: int) -> None:
+        found = len(self.pipeline_layers or ())
+        if found != stages:
             raise ConfigError(
-                f"{self._stated_layers} states {len(stated)} stages, expected {stages} by "
+                f"{self._stated_layers} states {found} stages, expected {stages} by "
                 f"--pipeline-model-parallel-size {self.pipeline_model_parallel_size}"
             )
+
+    def _check_sum(self, stated: tuple[int, ...], where: str, option: str, layers: int) -> None:
         if sum(stated) != layers:
-            raise ConfigError(f"{self._stated_layers} sums to {sum(stated)}, {option} is {layers}")
+            raise ConfigError(
+                f"{self._stated_layers} sums to {sum(stated)}{where}, {option} is {layers}"
+            )
 
     def data_parallel_size(self, world_size: int) -> int:
         """Replicas of the model among `world_size` ranks; raises ConfigError for a remainder."""
