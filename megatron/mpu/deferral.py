@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -32,6 +33,7 @@ class DeferredGradients:
         weight.outstanding = outstanding(weight) + 1  # type: ignore[attr-defined]
         self._products.append((weight, product))
 
+    @torch.no_grad()
     def compute(self) -> None:
         """Do all products in their order, letting go of what each has held."""
         self._products.reverse()
