@@ -66,7 +66,8 @@ class AttentionCore:
         dropout: probability with which an attention weight is dropped.
         fused: through PyTorch's fused implementations, whose softmax is in float32; else one
             operation after another, holding all attention weights.
-        softmax_in_fp32: whether the unfused softmax of half precision is taken in float32.
+        softmax_in_fp32: whether the unfused scores of half precision are scaled and masked in
+            float32; the softmax itself always computes in it.
     """
 
     dropout: float = 0.0
@@ -117,13 +118,14 @@ class AttentionCore:
         if key.size(1) != query.size(1):
             shared = query.size(1) // key.size(1)
             key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
-        scores = (query @ key.transpose(2, 3)) / math.sqrt(query.size(3))  # [b, n, s, z]
+        scores = query @ key.transpose(2, 3)  # [b, n, s, z]
+        if self.softmax_in_fp32:
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        scores = scores / math.sqrt(query.size(3))
         dense = _dense(mask, query, key, always=True)
         if dense is not None:
             scores = _masked(scores, dense)
-        softmax_dtype = torch.float32 if self.softmax_in_fp32 else scores.dtype
-        softmax_dtype = torch.promote_types(softmax_dtype, scores.dtype)
-        weights = torch.softmax(scores, dim=-1, dtype=softmax_dtype).to(scores.dtype)
+        weights = torch.softmax(scores, dim=-1).to(query.dtype)
         return dropout(weights, self.dropout) @ value
 
 
