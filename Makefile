@@ -2,7 +2,7 @@
 # filled once. `make VENV=DIR ...` makes or uses the environment in DIR whatever is active.
 
 PACKAGES := hypothesis matplotlib mypy numpy pre_commit pybind11 pytest rich ruff safetensors \
-	tensorboard tokenizers torch transformers yaml
+	sentencepiece tensorboard tokenizers torch transformers yaml
 LINT = $(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(PYTHON) -m mypy
 
 ifndef VENV
@@ -45,5 +45,5 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/data/
 	@echo "Installing into $(VENV): this takes a minute or two, once."
 	@test -x $(VENV)/bin/python || python3 -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt \
-		-e '.[dev,hf,plots,progress,tensorboard]'
+		-e '.[dev,hf,plots,progress,sentencepiece,tensorboard]'
 	@touch $@
