@@ -20,7 +20,7 @@ def main() -> None:
     config = parse_config(
         prog="pretrain_bert.py",
         description="Pretrain BERT on masked tokens and sentence pairs.",
-        defaults={"tokenizer_type": "BertWordPieceLowerCase"},
+        defaults={"model_type": "bert", "tokenizer_type": "BertWordPieceLowerCase"},
         required=("data_path", "vocab_file"),
     )
     pretrain(config, BertPretraining)

@@ -53,6 +53,15 @@ def choose_device(config: Config) -> torch.device:
     return torch.device(accelerator.type, local_rank)
 
 
+def rank_grid(config: Config, world_size: int) -> Topology:
+    """The grid on which the configuration puts so many ranks."""
+    parallel = config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    has_split = config.model.model_type == "t5" and pipeline > 1
+    split = parallel.split_rank() if has_split else None
+    return Topology(world_size, tensor, pipeline, split)
+
+
 def initialize(config: Config) -> ParallelState:
     """Joins the ranks that torchrun started, by its environment variables, or is the only rank.
 
@@ -68,10 +77,7 @@ def initialize(config: Config) -> ParallelState:
         on_device = None if device.type == "cpu" else device
         backend = parallel.distributed_backend or dist.get_default_backend_for_device(device)
         dist.init_process_group(backend, timeout=timeout, device_id=on_device)
-    topology = Topology(
-        world, parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
-    )
-    state = install(ParallelState.create(topology, device=device, timeout=timeout))
+    state = install(ParallelState.create(rank_grid(config, world), device=device, timeout=timeout))
     _seed_everything(config.train.seed)
     return state
 

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from megatron.config import Config
-from megatron.model import Float16Module, MegatronModule, parameter_dtype
+from megatron.model import Float16Module, MegatronModule, stream_dtype
 from megatron.mpu import ParallelState, Stage, stages
 from megatron.pipeline.p2p import TensorSpec
 from megatron.tokenizer import Tokenizer, build_tokenizer
@@ -63,8 +62,8 @@ def hidden_states(config: Config, state: ParallelState, length: int) -> TensorSp
     With sequence parallelism each tensor rank sends its part of the sequence.
     """
     rows = length // state.tensor.size if config.parallel.sequence_parallel else length
-    dtype = torch.float32 if config.model.fp32_residual_connection else parameter_dtype(config)
-    return TensorSpec((rows, config.train.micro_batch_size, config.model.hidden_size), dtype)
+    shape = (rows, config.train.micro_batch_size, config.model.hidden_size)
+    return TensorSpec(shape, stream_dtype(config))
 
 
 def is_last(chunk: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""A BERT of a few thousand weights, and batches of random tokens for it."""
+"""Networks of a few thousand weights, and batches of random tokens for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron.config import (
 )
 from megatron.training.task import Batch
 
-VOCABULARY, SEQUENCE, MASKED = 50, 16, 3
+VOCABULARY, SEQUENCE, TARGET, MASKED = 50, 16, 8, 3
 
 
 def tiny_config(
@@ -43,30 +43,53 @@ def tiny_config(
         model=ModelConfig(**network | (model or {})),
         parallel=ParallelConfig(use_cpu=True, **parallel or {}),
         optimizer=OptimizerConfig(lr=1e-2),
-        data=DataConfig(seq_length=SEQUENCE),
+        data=DataConfig(seq_length=SEQUENCE, decoder_seq_length=TARGET),
         train=TrainConfig(**run | (train or {})),
     )
 
 
-def random_samples(count: int, seed: int) -> list[Batch]:
-    """Batches of one sample each, of 0 to MASKED masked tokens."""
+def random_samples(count: int, seed: int, model_type: str = "bert") -> list[Batch]:
+    """Batches of one sample each, of different numbers of tokens that count, for a model."""
     generator = torch.Generator().manual_seed(seed)
 
     def integers(high: int, *shape: int) -> Tensor:
         return torch.randint(high, shape, generator=generator)
 
-    return [
-        {
+    def weights(length: int, least: int = 0) -> Tensor:
+        real = least + integers(length + 1 - least, 1, 1)
+        return (torch.arange(length)[None] < real).float()
+
+    def bert() -> Batch:
+        return {
             "input_ids": integers(VOCABULARY, 1, SEQUENCE),
             "tokentype_ids": integers(2, 1, SEQUENCE),
-            "attention_mask": torch.arange(SEQUENCE)[None] < integers(SEQUENCE, 1, 1) + 1,
+            "attention_mask": weights(SEQUENCE, least=1).bool(),
             "masked_positions": integers(SEQUENCE, 1, MASKED),
             "masked_labels": integers(VOCABULARY, 1, MASKED),
-            "masked_weights": (torch.arange(MASKED)[None] < integers(MASKED + 1, 1, 1)).float(),
+            "masked_weights": weights(MASKED),
             "is_random": integers(2, 1),
         }
-        for _ in range(count)
-    ]
+
+    def gpt() -> Batch:
+        return {
+            "tokens": integers(VOCABULARY, 1, SEQUENCE + 1),
+            "loss_weights": weights(SEQUENCE),
+            "document_lengths": torch.tensor(
+                [[first := 1 + int(integers(9, 1)), SEQUENCE - first]]
+            ),
+        }
+
+    def t5() -> Batch:
+        return {
+            "encoder_ids": integers(VOCABULARY, 1, SEQUENCE),
+            "decoder_ids": integers(VOCABULARY, 1, TARGET),
+            "labels": integers(VOCABULARY, 1, TARGET),
+            "loss_weights": weights(TARGET),
+            "encoder_mask": weights(SEQUENCE, least=1).bool(),
+        }
+
+    make = {"bert": bert, "gpt": gpt, "t5": t5}[model_type]
+    return [make() for _ in range(count)]
 
 
 def micro_batches(samples: list[Batch], size: int) -> list[Batch]:
