@@ -46,27 +46,24 @@ def parse_config(
     description: str = "",
     defaults: Mapping[str, Any] | None = None,
     required: Iterable[str] = (),
-    model: str | None = None,
 ) -> Config:
     """The configuration that a command line asks for; ends the process with 2 where it is wrong.
 
     argv: the words after the program's name, by default this process's; defaults: values by field
-    name that this program uses in place of the fields' own; required: names of fields that this
-    program cannot do without; model: the value of --model-type, of a program that trains but one
-    model. The number of ranks is torchrun's WORLD_SIZE.
+    name that this program uses in place of the fields' own, and `model_type`, where it is among
+    them, is the only one that it trains; required: names of fields that this program cannot do
+    without. The number of ranks is torchrun's WORLD_SIZE.
     """
     argv = sys.argv[1:] if argv is None else argv
     if any(word in _HELP for word in argv):
         width = min(shutil.get_terminal_size().columns, 110)
-        shown = _defaults(defaults, model)
-        sys.stdout.write(help_text(prog, description, shown, tuple(required), width))
+        sys.stdout.write(help_text(prog, description, defaults, tuple(required), width))
         sys.exit(0)
     try:
         config, notes = read_config(
             argv,
             defaults=defaults,
             required=required,
-            model=model,
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
         )
     except ConfigError as error:
@@ -81,20 +78,20 @@ def read_config(
     *,
     defaults: Mapping[str, Any] | None = None,
     required: Iterable[str] = (),
-    model: str | None = None,
     world_size: int = 1,
 ) -> tuple[Config, list[str]]:
     """The configuration that `argv` asks for, and a line about each old name in it.
 
-    defaults, required, model: as for `parse_config`.
+    defaults, required: as for `parse_config`.
     Raises ConfigError with every problem that `argv` and its configuration file have.
     """
     problems: list[str] = []
+    defaults = defaults or {}
     given = _with_files(_split(argv, problems), problems)
     current, notes = _renamed(given, problems)
     flags = all_flags()
     values = {name: flag.default for name, flag in flags.items() if not flag.required}
-    values |= _defaults(defaults, model)
+    values |= defaults
     unreadable = set()
     for each in current:
         flag = flags[_field_name(each.name)]
@@ -111,18 +108,14 @@ def read_config(
         for name, flag in flags.items()
         if name not in values and name not in unreadable
     )
-    found_model = values.get("model_type", model)
-    if model is not None and found_model != model:
-        problems.append(f"--model-type {found_model}: this program trains {model}")
+    trained = defaults.get("model_type")
+    if trained is not None and values.get("model_type", trained) != trained:
+        problems.append(f"--model-type {values['model_type']}: this program trains {trained}")
+        del values["model_type"]
     problems += find_problems(values, world_size)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
     return Config.from_flags(values), notes
-
-
-def _defaults(defaults: Mapping[str, Any] | None, model: str | None) -> dict[str, Any]:
-    """The values that a program uses in place of the fields' own."""
-    return dict(defaults or {}) | ({} if model is None else {"model_type": model})
 
 
 def _split(argv: list[str], problems: list[str]) -> list[Given]:
@@ -202,11 +195,12 @@ def _renamed(given: list[Given], problems: list[str]) -> tuple[list[Given], list
     notes: dict[str, None] = {}  # a set that keeps its order
     for each in given:
         match None if each.name in known else OLD_FLAGS.get(_dashed(each.name)):
+            case Renamed(also=also) if also and each.raw is None:
+                pass  # left empty in a file, it asks for none of them
             case Renamed() as old:
                 notes[f"--{each.name} {old.note}"] = None
                 current.append(Given(old.to, each.raw, each.where))
-                if each.raw is not None:
-                    implied += _flags(old.also, each.where)
+                implied += _flags(old.also, each.where)
             case StandsFor() as old:
                 asked = _switched(each, problems)
                 notes |= dict.fromkeys([f"--{each.name} {old.note}"] if asked else [])

@@ -140,7 +140,12 @@ def _entry(head: str, text: str, width: int) -> Iterator[str]:
     """A flag and its help; the help starts on a line of its own where the flag is too long."""
     first = f"  {head:<{_HELP_COLUMN - 4}}  "
     if len(first) > _HELP_COLUMN:
-        yield first.rstrip()
+        option, _, value = head.partition(" ")
+        if len(head) > width - 2:  # many choices
+            yield f"  {option}"
+            yield from _wrapped("    ", value.replace(",", ", "), width)
+        else:
+            yield f"  {head}"
         first = " " * _HELP_COLUMN
     yield from _wrapped(first, text, width)
 

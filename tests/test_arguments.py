@@ -13,7 +13,7 @@ from megatron.arguments import parse_config, read_config
 from megatron.config import Config, all_flags
 from megatron.errors import ConfigError
 from megatron.flag_reference import help_text, reference_page
-from megatron.old_flags import OLD_FLAGS, Obsolete, Renamed, Unavailable
+from megatron.old_flags import OLD_FLAGS, Obsolete, Renamed, StandsFor, Unavailable
 from tests.configs import SMALL, SMALL_ARGV, argv_of, small, valid_values
 
 ROOT = Path(__file__).parents[1]
@@ -112,13 +112,13 @@ def test_no_flag_is_abbreviated() -> None:
 
 def test_all_kinds_of_mistakes_are_reported_together() -> None:
     found = problems("--sed", "4", "--lr", "fast", "--hidden-dropout", "2", "--seq-length", "99",
-                     "--sequence-parallel", required=("vocab_file",))  # fmt: skip
+                     "--fp16-lm-cross-entropy", required=("vocab_file",))  # fmt: skip
     assert set(found) == {
         "unknown flag --sed: did you mean --seed?",
         "--lr expects a number, found 'fast'",
         "--hidden-dropout 2.0 is outside [0, 1)",
         "--seq-length 99 is larger than --max-position-embeddings 64",
-        "--sequence-parallel is not available: activations are not split along the sequence",
+        "--fp16-lm-cross-entropy is not available: the cross entropy is computed in float32",
         "--vocab-file is required",
     }
 
@@ -134,6 +134,17 @@ def test_each_required_flag_is_asked_for() -> None:
 def test_a_program_has_its_own_defaults() -> None:
     assert read(defaults={"clip_grad": 0.5}).optimizer.clip_grad == 0.5
     assert read("--clip-grad", "2", defaults={"clip_grad": 0.5}).optimizer.clip_grad == 2.0
+
+
+def test_a_program_of_one_model_trains_no_other(tmp_path: Path) -> None:
+    gpt = {"model_type": "gpt"}
+    assert read(defaults=gpt) == small(model_type="gpt")
+    assert read("--model-type", "gpt", defaults=gpt) == small(model_type="gpt")
+    assert read("--model-type", "gpt") == small(model_type="gpt")
+    path = yaml_file(tmp_path, small().to_yaml())
+    with pytest.raises(ConfigError) as caught:
+        read_config(["--config-file", path], defaults=gpt)
+    assert caught.value.problems == ("--model-type bert: this program trains gpt",)
 
 
 # The configuration file
@@ -157,7 +168,8 @@ def test_a_file_takes_sections_underscores_lists_and_old_names(tmp_path: Path) -
         optimizer: sgd
         min-lr: 1e-5   # YAML takes this for text
         bf16: true
-        sequence-parallel: false
+        fp16-lm-cross-entropy: false
+        checkpoint-activations: false
         save:
         """,
     )
@@ -189,9 +201,11 @@ def test_an_empty_file_says_nothing(tmp_path: Path) -> None:
         ("save: !!python/object:os.system x\n",
          "1: not YAML: could not determine a constructor for the tag "
          "'tag:yaml.org,2002:python/object:os.system'"),
-        ("model:\n  sequence-parallel: true\n",
-         "2: --sequence-parallel is not available: "
-         "activations are not split along the sequence"),
+        ("model:\n  fp16-lm-cross-entropy: true\n",
+         "2: --fp16-lm-cross-entropy is not available: "
+         "the cross entropy is computed in float32"),
+        ("checkpoint-activations: 3\n",
+         "1: --checkpoint-activations expects no value, or true or false, found 3"),
         ("config-file: other.yaml\n", "1: unknown flag --config-file"),
     ],
 )  # fmt: skip
@@ -228,8 +242,17 @@ def test_an_old_name_sets_the_new_flag() -> None:
 def test_each_old_name_is_answered(name: str) -> None:
     old = OLD_FLAGS[name]
     match old:
-        case Renamed(to):
-            assert to.replace("-", "_") in all_flags()
+        case Renamed(to, also):
+            assert {each.replace("-", "_") for each in (to, *also)} <= set(all_flags())
+        case StandsFor(flags):
+            for words in ([f"--{name}"], [f"--{name}", "true"]):
+                config, notes = read_config([*SMALL_ARGV, *words])
+                stated = (word for each in flags.items() for word in (f"--{each[0]}", each[1]))
+                assert config == read(*stated) != small()
+                assert notes == [f"--{name} {old.note}"]
+            assert read(f"--{name}", "false") == small()
+            (problem,) = problems(f"--{name}", "often")
+            assert problem == f"--{name} expects no value, or true or false, found 'often'"
         case Obsolete(reason):
             config, notes = read_config([*SMALL_ARGV, f"--{name}", "1", f"--{name}"])
             assert config == small()
@@ -238,6 +261,35 @@ def test_each_old_name_is_answered(name: str) -> None:
             assert problems(f"--{name}") == (f"--{name} is not available: {what}",)
             assert problems(f"--{name}", "2")
             assert read(f"--{name}", harmless) == small()
+
+
+def test_what_is_said_outright_goes_before_what_is_implied() -> None:
+    for words in (
+        ["--num-query-groups", "2", "--group-query-attention"],
+        ["--group-query-attention", "--num-query-groups", "2"],
+    ):
+        assert read(*words) == small(num_query_groups=2)
+
+
+def test_old_flags_of_recomputation_keep_their_meaning() -> None:
+    assert read("--checkpoint-activations") == small(recompute_granularity="full")
+    assert read("--activations-checkpoint-method", "block",
+                "--activations-checkpoint-num-layers", "2") == small(
+        recompute_granularity="full", recompute_method="block", recompute_num_layers=2
+    )  # fmt: skip
+    assert read("--recompute-activations") == small(recompute_granularity="selective")
+    split = read("--activations-checkpoint-method", "uniform", "--tensor-model-parallel-size", "2",
+                 "--distribute-checkpointed-activations", world_size=2)  # fmt: skip
+    assert split == small(
+        recompute_granularity="full",
+        distribute_saved_activations=True,
+        tensor_model_parallel_size=2,
+    )
+
+
+def test_a_method_that_a_file_leaves_empty_asks_for_nothing(tmp_path: Path) -> None:
+    path = yaml_file(tmp_path, "activations-checkpoint-method:\n")
+    assert read("--config-file", path) == small()
 
 
 def test_no_old_name_hides_a_flag() -> None:

@@ -87,6 +87,15 @@ def test_what_is_derived_from_the_fields() -> None:
     assert (model.ffn_size, model.head_size, model.dtype) == (50, 3, "bfloat16")
     assert dataclasses.replace(model, bf16=False, fp16=True).dtype == "float16"
     assert dataclasses.replace(model, bf16=False, fp64=True).dtype == "float64"
+    model = small(hidden_size=4096, swiglu=True, num_query_groups=2).model
+    assert (model.ffn_size, model.is_gated, model.key_value_heads) == (10880, True, 2)
+    assert small(geglu=True).model.ffn_size == 64
+    assert small(rotary_percent=0.5).model.rotary_channels == 4
+    assert (small().model.decoder_layers, small(decoder_num_layers=7).model.decoder_layers) == (
+        4,
+        7,
+    )
+    assert small(decoder_seq_length=7).data.decoder_length == 7
 
 
 @settings(deadline=None, derandomize=True)
@@ -107,6 +116,22 @@ def test_layers_are_shared_equally_or_as_stated() -> None:
     assert ParallelConfig(pipeline_model_parallel_size=3).stage_layers(6) == (2, 2, 2)
     stated = ParallelConfig(pipeline_model_parallel_size=2, pipeline_layers=(2, 3))
     assert stated.stage_layers(5) == (2, 3)
+    assert stated.encoder_decoder_layers(2, 3) == ((2,), (3,))
+    assert stated.virtual_stages(5) == 1
+    interleaved = ParallelConfig(
+        pipeline_model_parallel_size=2, num_layers_per_virtual_pipeline_stage=1
+    )
+    assert (interleaved.schedule, interleaved.virtual_stages(6)) == ("interleaved", 3)
+    assert interleaved.stage_layers(6) == (1,) * 6
+
+
+def test_a_decoder_has_ranks_of_its_own_where_there_are_several() -> None:
+    assert ParallelConfig().encoder_decoder_layers(4, 3) == ((4,), (3,))
+    assert ParallelConfig(pipeline_layers=(7,)).encoder_decoder_layers(4, 3) == ((4,), (3,))
+    three = ParallelConfig(pipeline_model_parallel_size=3)
+    assert (three.split_rank(), three.encoder_decoder_layers(4, 2)) == (1, ((4,), (1, 1)))
+    late = dataclasses.replace(three, pipeline_model_parallel_split_rank=2)
+    assert late.encoder_decoder_layers(4, 2) == ((2, 2), (2,))
 
 
 def test_batches_are_cut_into_micro_batches() -> None:
