@@ -1,16 +1,23 @@
 """From the flags to the datasets of a run: what the builders of all models share.
 
-1. The dataset of --data-path is opened, and its tokens are held against the vocabulary.
-2. --split shares out its documents to training, validation and test.
-3. A model's own `make` turns the documents of each split into samples.
+1. The datasets of --data-path are opened, and their tokens are held against the vocabulary.
+2. --split shares out the documents of each to training, validation and test.
+3. A model's own `make` turns such a part into samples; those of several datasets are blended.
 4. What was made, and what was left out, is reported.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron.blend import parse_blend
 from megatron.config import Config
+from megatron.data.blended_dataset import (
+    BlendedDataset,
+    build_blend_map,
+    samples_needed,
+    whole_weights,
+)
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.samples import SampleDataset
 from megatron.data.splits import NAMES, split_documents
@@ -46,7 +53,7 @@ class Made:
     """The samples that were made of a part.
 
     samples: None where not even one can be made; per_epoch: how many come of using each document
-    once; remark: what a report says of documents that were left out, "" or from "; " on.
+    once; remark: what a report adds, such as documents that were left out, "" or from "; " on.
     """
 
     samples: SampleDataset | None
@@ -68,57 +75,108 @@ def build_splits(
     """The datasets of training, validation and test with so many samples; None where 0 are asked.
 
     make: the samples of a part, at least as many as its second argument. report: takes one line for
-    each dataset, with what was left out of it. A validation or test split that is too small to hold
-    a sample is reported and None. Raises ConfigError or DataError where a file is missing or
-    damaged, a token is outside the vocabulary, or the training split holds no sample.
+    each part, with what was left out of it. A part for validation or test that is too small to hold
+    a sample is reported and left out of the blend, and a split of such parts alone is None. Raises
+    ConfigError or DataError where a file is missing or damaged, a token is outside the vocabulary,
+    or a part for training holds no sample.
     """
-    if len(config.data.data_path) != 1:
-        found = " ".join(config.data.data_path) or "nothing"
-        raise ConfigError(f"--data-path: expected the prefix of one dataset, found {found}")
-    prefix = config.data.data_path[0]
+    blend = parse_blend(config.data.data_path)
+    if not blend:
+        raise ConfigError("--data-path: expected the prefix of a dataset, found nothing")
+    sources = [_open_source(config, weight, prefix, vocab_size) for weight, prefix in blend]
+    train, valid, test = (
+        _build_split(split, samples, sources, make, config.data.split, report) if samples else None
+        for split, samples in enumerate(wanted)
+    )
+    return train, valid, test
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Source:
+    """A dataset of --data-path with its weight; splits: the documents of each split."""
+
+    weight: float
+    dataset: IndexedDataset
+    splits: tuple[range, range, range]
+    cache_dir: Path
+
+
+def _open_source(config: Config, weight: float, prefix: str, vocab_size: int) -> _Source:
+    """A dataset whose tokens were checked."""
     dataset = IndexedDataset(prefix)
     cache_dir = Path(config.data.data_cache_dir or Path(prefix).parent / CACHE_FOLDER)
     check_tokens(dataset, vocab_size, cache_dir)
     if config.data.mmap_warmup:
         dataset.warm_up()
-    ranges = split_documents(config.data.split, len(dataset.documents) - 1)
+    splits = split_documents(config.data.split, len(dataset.documents) - 1)
+    return _Source(weight=weight, dataset=dataset, splits=splits, cache_dir=cache_dir)
 
-    def build(split: int) -> SampleDataset | None:
-        if wanted[split] == 0:
-            return None
-        part = Part(dataset=dataset, documents=ranges[split], split=split, cache_dir=cache_dir)
+
+class _EmptyPartError(DataError):
+    """A part of which no sample can be made."""
+
+
+def _build_split(
+    split: int,
+    samples: int,
+    sources: Sequence[_Source],
+    make: Make,
+    shares: str,
+    report: Callable[[str], None],
+) -> SampleDataset | None:
+    """The blend of all sources that have a sample for a split; None where none has."""
+    weights = whole_weights([source.weight for source in sources])
+    built: list[SampleDataset] = []
+    kept: list[_Source] = []
+    lines: list[str] = []
+    for source, weight, needed in zip(
+        sources, weights, samples_needed(weights, samples), strict=True
+    ):
+        part = Part(
+            dataset=source.dataset,
+            documents=source.splits[split],
+            split=split,
+            cache_dir=source.cache_dir,
+        )
+        share = f", {weight / sum(weights):.4g} of {part.dataset.prefix}"
+        title = part.name + (share if len(sources) > 1 else "")
         try:
-            return _build_part(part, wanted[split], make, config.data.split, report)
-        except _EmptySplitError as empty:
+            made, line = _build_part(part, needed, make, shares)
+        except _EmptyPartError as empty:
             if split == TRAINING:
                 raise
-            report(f"{part.name}: skipped, since {empty}")
-            return None
+            report(f"{title}: skipped, since {empty}")
+            continue
+        built.append(made)
+        kept.append(source)
+        lines.append(f"{title}: {line}")
+    if not kept:
+        return None
+    if len(kept) < len(sources):  # the others' shares have grown
+        return _build_split(split, samples, kept, make, shares, report)
+    for line in lines:
+        report(line)
+    if len(built) == 1:
+        return built[0]
+    blend_map = build_blend_map(weights, samples=samples, cache_dir=sources[0].cache_dir)
+    return BlendedDataset(built, blend_map, length=samples)
 
-    return build(0), build(1), build(2)
 
-
-class _EmptySplitError(DataError):
-    """A split of which no sample can be made."""
-
-
-def _build_part(
-    part: Part, wanted: int, make: Make, split: str, report: Callable[[str], None]
-) -> SampleDataset:
-    """The samples of a part, reported; raises _EmptySplitError where there are none."""
+def _build_part(part: Part, wanted: int, make: Make, shares: str) -> tuple[SampleDataset, str]:
+    """The samples of a part and their report; raises _EmptyPartError where there are none."""
     prefix = part.dataset.prefix
     if not part.documents:
-        raise _EmptySplitError(
-            f"--split {split!r} leaves no document for {part.name}: "
+        raise _EmptyPartError(
+            f"--split {shares!r} leaves no document for {part.name}: "
             f"{prefix} has {len(part.dataset.documents) - 1} documents"
         )
     made = make(part, wanted)
     if made.samples is None:
-        raise _EmptySplitError(
+        raise _EmptyPartError(
             f"{prefix}: {len(part.documents)} documents for {part.name} hold no sample{made.remark}"
         )
-    report(
-        f"{part.name}: {len(part.documents):,} documents, {made.per_epoch:,.0f} samples an epoch, "
+    line = (
+        f"{len(part.documents):,} documents, {made.per_epoch:,.0f} samples an epoch, "
         f"{wanted / made.per_epoch:.2f} epochs{made.remark}"
     )
-    return made.samples
+    return made.samples, line

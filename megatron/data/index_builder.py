@@ -1,37 +1,58 @@
-"""Which sentences make which sample of BERT, in which order.
+"""Which pieces of a corpus make which sample, in which order: the loops over whole datasets.
 
-The documents are walked through once for each epoch. Within a document, sentences are put together
-until they reach a target length: nearly always all the tokens that fit, sometimes a random shorter
-one, so that the model also meets short inputs. A rest too small for a sample of its own stays with
-the last one. Then the samples of the epoch are shuffled.
+`sentence_samples`, for BERT and T5. The documents are walked through once for each epoch. Within a
+document, sentences are put together until they reach a target length: nearly always all the tokens
+that fit, sometimes a random shorter one, so that the model also meets short inputs. A rest too
+small for a sample of its own stays with the last one.
 
-Randomness comes from splitmix64 by counter, so epoch e of a dataset is the same on every machine,
-whichever epochs are built before it. The loop runs in C++ (csrc/data/index.cpp) where the extension
-is built; `bert_samples_twin` specifies it and takes its place in a plain source tree.
+`token_samples`, for GPT. In each epoch the documents come in another order (`document_order`). All
+of them, epoch after epoch, are one endless stream of tokens; sample i is the stretch of s + 1
+tokens from token i * s on. So each sample begins with the token that the one before ends with, and
+in every epoch every token is predicted once; only the very first of the stream never is. A sample
+that reaches from one epoch into the next belongs to the one with its last token. With documents of
+3, 2 and 5 tokens, s = 4, and document c in front in the first epoch:
+
+    stream   c0 c1 c2 c3 c4 a0 a1 a2 b0 b1 | b0 b1 c0 c1 ...
+    samples  |---- 0 ----|---- 1 ----|---- 2 ----|
+
+The samples of an epoch are then shuffled. Randomness comes from splitmix64 by counter, so epoch e
+of a dataset is the same on every machine, whichever epochs are built before it.
+
+`interleave` deals out the samples of a blend. Sample j of a dataset whose share is w may come from
+place floor(j / w) on and has to come before place ceil((j + 1) / w). To always take the dataset
+whose sample has to come soonest meets all of these bounds (Baruah et al., Proportionate progress,
+1996), so that n samples hold n * w of each dataset, rounded down or up.
+
+The loops run in C++ (csrc/data/index.cpp) where the extension is built, else in `index_twin`.
 """
 
 import importlib
-import itertools
-from types import ModuleType
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_ORDER, _LENGTHS = 1, 0  # what the two streams of random numbers decide
+from megatron.data import index_twin
 
 
-def _find_extension() -> ModuleType | None:
+def _find(name: str) -> Callable[..., Any]:
+    """The function of the extension, or its twin where that is not built or older than this."""
+    twin: Callable[..., Any] = getattr(index_twin, name)
     try:
-        return importlib.import_module("megatron.data._index")
+        extension = importlib.import_module("megatron.data._index")
     except ImportError:
-        return None
+        return twin
+    return getattr(extension, name, twin)
 
 
-_EXTENSION = _find_extension()
+_sentence_samples = _find("sentence_samples")
+_document_order = _find("document_order")
+_token_samples = _find("token_samples")
+_interleave = _find("interleave")
 
 
-def bert_samples(
+def sentence_samples(
     documents: npt.NDArray[np.int64],
     sizes: npt.NDArray[np.int32],
     *,
@@ -48,8 +69,7 @@ def bert_samples(
     tokens of each. A row holds the first sentence, the one behind the last, and the target length
     in tokens, from 2 to `max_tokens`. Documents of less than `min_sentences` are left out.
     """
-    build = _EXTENSION.bert_samples if _EXTENSION else bert_samples_twin
-    samples: npt.NDArray[np.int64] = build(
+    samples: npt.NDArray[np.int64] = _sentence_samples(
         np.require(documents, np.int64, ["C", "A"]),
         np.require(sizes, np.int32, ["C", "A"]),
         max_tokens,
@@ -62,69 +82,38 @@ def bert_samples(
     return samples
 
 
-def bert_samples_twin(
-    documents: npt.NDArray[np.int64],
-    sizes: npt.NDArray[np.int32],
-    max_tokens: int,
-    min_sentences: int,
-    short_threshold: int,
-    seed: int,
-    first_epoch: int,
-    epochs: int,
+def document_order(
+    documents: int, *, seed: int, first_epoch: int, epochs: int
 ) -> npt.NDArray[np.int64]:
-    """As `bert_samples`; `short_threshold` is the probability of a shorter sample times 2^32."""
-    parts = [np.zeros((0, 3), np.int64)]
-    for epoch in range(first_epoch, first_epoch + epochs):
-        # Every sample holds a sentence at least, so that these targets suffice.
-        most = np.arange(documents[-1] - documents[0] + 1, dtype=np.uint64)
-        random = random64(_key(seed, _LENGTHS, epoch), most)
-        shorter = 2 + (
-            ((random & np.uint64(0xFFFFFFFF)) * np.uint64(max_tokens - 1)) >> np.uint64(32)
-        )
-        is_short = (random >> np.uint64(32)) < short_threshold
-        targets = np.where(is_short, shorter.astype(np.int64), max_tokens)
-        rows = _epoch_rows(documents.tolist(), sizes, targets.tolist(), min_sentences)
-        samples = np.array(rows, np.int64).reshape(-1, 3)
-        order = random64(_key(seed, _ORDER, epoch), np.arange(len(samples), dtype=np.uint64))
-        parts.append(samples[np.argsort(order, kind="stable")])
-    return np.concatenate(parts)
+    """The numbers of all documents in the order of each epoch, i64 [epochs * documents]."""
+    order: npt.NDArray[np.int64] = _document_order(documents, seed % 2**64, first_epoch, epochs)
+    return order
 
 
-def _epoch_rows(
-    documents: list[int],
-    sizes: npt.NDArray[np.int32],
-    targets: list[int],
-    min_sentences: int,
-) -> list[tuple[int, int, int]]:
-    """The samples of one epoch in the order of the corpus; sample n aims at `targets[n]` tokens."""
-    rows: list[tuple[int, int, int]] = []
-    for first, document_end in itertools.pairwise(documents):
-        if document_end - first < min_sentences:
-            continue
-        tokens = 0
-        for end, size in enumerate(sizes[first:document_end].tolist(), start=first + 1):
-            tokens += size
-            target = targets[len(rows)]
-            remaining = document_end - end
-            is_full = (
-                tokens >= target and end - first >= min_sentences and remaining >= min_sentences
-            )
-            if is_full or remaining == 0:
-                rows.append((first, end, target))
-                first, tokens = end, 0
+def token_samples(
+    lengths: npt.NDArray[np.int64], *, seq_length: int, seed: int, first_epoch: int, epochs: int
+) -> npt.NDArray[np.int64]:
+    """The samples of `epochs` epochs from `first_epoch` on: i64 [samples, 2].
+
+    lengths: i64 [documents], tokens of each; more than `seq_length` in all. A row holds the place
+    in the stream's `document_order` of the document in which the sample begins, counted from the
+    first epoch's first document, and how many tokens of it come before.
+    """
+    assert lengths.sum() > seq_length > 0
+    samples: npt.NDArray[np.int64] = _token_samples(
+        np.require(lengths, np.int64, ["C", "A"]), seq_length, seed % 2**64, first_epoch, epochs
+    )
+    return samples
+
+
+def interleave(
+    weights: Sequence[int], counts: Sequence[int], samples: int
+) -> npt.NDArray[np.int64]:
+    """The next `samples` samples of a blend: i64 [samples, 2], a dataset and its own sample.
+
+    weights: of each dataset, at least 1 and at most 2^62 in all; counts: samples of each that came
+    before.
+    """
+    assert min(weights) > 0 and sum(weights) <= 1 << 62
+    rows: npt.NDArray[np.int64] = _interleave(list(weights), list(counts), samples)
     return rows
-
-
-def random64(key: int, n: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Outputs number `n` of splitmix64 started at `key` (Steele, Lea and Flood, 2014)."""
-    with np.errstate(over="ignore"):  # sums and products are meant modulo 2^64
-        x = np.uint64(key) + _GOLDEN * (n + np.uint64(1))
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _key(seed: int, stream: int, epoch: int) -> int:
-    """Where the generator of a stream starts in an epoch."""
-    of_stream = random64(seed, np.array([stream], np.uint64))
-    return int(random64(int(of_stream[0]), np.array([epoch], np.uint64))[0])

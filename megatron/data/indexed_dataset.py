@@ -87,6 +87,27 @@ class IndexedDataset:
         """A hash of all sizes and boundaries, the same wherever the files lie."""
         return hashlib.sha256(self._idx.data).hexdigest()
 
+    def document_lengths(self, documents: range) -> npt.NDArray[np.int64]:
+        """Tokens of each of some documents, i64 [documents]."""
+        bounds = self.documents[documents.start : documents.stop + 1]
+        sizes = self.sizes[bounds[0] : bounds[-1]]
+        ends = np.append(0, np.cumsum(sizes, dtype=np.int64))
+        return np.diff(ends[bounds - bounds[0]])
+
+    def read_document(self, document: int, offset: int, most: int) -> npt.NDArray[Any]:
+        """Tokens of a document from `offset` on, at most so many; fewer where it ends before."""
+        first, end = self.documents[document : document + 2].tolist()
+        ends = np.cumsum(self.sizes[first:end], dtype=np.int64)
+        begin = int(np.searchsorted(ends, offset, side="right"))
+        stop = int(np.searchsorted(ends, offset + most)) + 1
+        sequences = [self[i] for i in range(first + begin, min(first + stop, end))]
+        if not sequences:
+            return np.zeros(0, self.dtype)
+        # One sequence alone, which may be a whole book, is not copied.
+        tokens = sequences[0] if len(sequences) == 1 else np.concatenate(sequences)
+        skipped = offset - (int(ends[begin - 1]) if begin else 0)
+        return tokens[skipped : skipped + most]
+
     def warm_up(self) -> None:
         """Read the tokens once, so that the operating system has them in memory."""
         for start in range(0, len(self._bin), CHUNK_BYTES):

@@ -226,8 +226,8 @@ def test_a_sequence_too_short_for_pairs_is_an_error(tmp_path: Path) -> None:
     assert len(original(train(tmp_path, seq_length=5)[0])) == 5
 
 
-def test_one_prefix_is_expected(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--data-path: expected the prefix of one dataset"):
+def test_a_prefix_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--data-path: expected the prefix of a dataset"):
         build(tmp_path, data_path=())
 
 
@@ -247,7 +247,7 @@ def test_a_copy_in_another_process_gives_the_same(tmp_path: Path) -> None:
 
 def test_index_files_lie_beside_the_data_by_default(tmp_path: Path) -> None:
     build(tmp_path, random_documents(5, seed=0), split="1", data_cache_dir=None, samples=(5, 0, 0))
-    assert list((tmp_path / "index-cache").glob("d_bert_*.npy"))
+    assert list((tmp_path / "index-cache").glob("d_sentences_*.npy"))
 
 
 def test_changing_the_split_changes_the_index(tmp_path: Path) -> None:

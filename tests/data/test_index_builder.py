@@ -1,5 +1,6 @@
 """Properties of the samples that sentences are put together to, in C++ and in the Python twin."""
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -8,14 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron.data import index_builder
-from megatron.data.index_builder import bert_samples, bert_samples_twin
+from megatron.data import index_twin
+from megatron.data.index_builder import sentence_samples
 from tests.data.support import EXAMPLES
 
 Corpus = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
 
+try:
+    extension: Any = importlib.import_module("megatron.data._index")
+except ImportError:
+    extension = None
 needs_extension = pytest.mark.skipif(
-    index_builder._EXTENSION is None, reason="the C++ extension megatron.data._index is not built"
+    extension is None, reason="the C++ extension megatron.data._index is not built"
 )
 
 
@@ -45,11 +50,10 @@ rules = st.fixed_dictionaries(
 def test_the_extension_equals_its_twin(
     corpus: Corpus, rule: dict[str, Any], first: int, epochs: int
 ) -> None:
-    assert index_builder._EXTENSION is not None
     threshold = round(rule["short_seq_prob"] * 2**32)
     arguments = (rule["max_tokens"], rule["min_sentences"], threshold, rule["seed"], first, epochs)
-    compiled = index_builder._EXTENSION.bert_samples(*corpus, *arguments)
-    twin = bert_samples_twin(*corpus, *arguments)
+    compiled = extension.sentence_samples(*corpus, *arguments)
+    twin = index_twin.sentence_samples(*corpus, *arguments)
     assert compiled.dtype == twin.dtype == np.int64
     np.testing.assert_array_equal(compiled, twin)
 
@@ -57,17 +61,16 @@ def test_the_extension_equals_its_twin(
 @needs_extension
 @pytest.mark.parametrize("bounds", [[0, 9], [2, 1], [-1, 2]])
 def test_the_extension_stays_within_the_corpus(bounds: list[int]) -> None:
-    assert index_builder._EXTENSION is not None
     sizes = np.ones(4, np.int32)
     with pytest.raises(ValueError, match="document boundaries"):
-        index_builder._EXTENSION.bert_samples(np.array(bounds), sizes, 8, 1, 0, 0, 0, 1)
+        extension.sentence_samples(np.array(bounds), sizes, 8, 1, 0, 0, 0, 1)
 
 
 @given(corpus=corpora(), rule=rules)
 @EXAMPLES
 def test_an_epoch_holds_every_sentence_once(corpus: Corpus, rule: dict[str, Any]) -> None:
     documents, _ = corpus
-    rows = bert_samples(*corpus, **rule, first_epoch=0, epochs=1)
+    rows = sentence_samples(*corpus, **rule, first_epoch=0, epochs=1)
     used = [sentence for first, end, _ in rows for sentence in range(first, end)]
     lengths = np.diff(documents)
     whole = [
@@ -83,7 +86,7 @@ def test_an_epoch_holds_every_sentence_once(corpus: Corpus, rule: dict[str, Any]
 @EXAMPLES
 def test_samples_keep_to_the_rule(corpus: Corpus, rule: dict[str, Any]) -> None:
     documents, sizes = corpus
-    for first, end, target in bert_samples(*corpus, **rule, first_epoch=3, epochs=2):
+    for first, end, target in sentence_samples(*corpus, **rule, first_epoch=3, epochs=2):
         assert end - first >= rule["min_sentences"]
         document = np.searchsorted(documents, first, side="right")
         assert end <= documents[document], "a sample does not pass the end of its document"
@@ -101,15 +104,17 @@ def test_samples_keep_to_the_rule(corpus: Corpus, rule: dict[str, Any]) -> None:
 def test_epochs_do_not_depend_on_each_other(
     corpus: Corpus, rule: dict[str, Any], first: int, epochs: int
 ) -> None:
-    together = bert_samples(*corpus, **rule, first_epoch=first, epochs=epochs)
-    alone = [bert_samples(*corpus, **rule, first_epoch=first + i, epochs=1) for i in range(epochs)]
+    together = sentence_samples(*corpus, **rule, first_epoch=first, epochs=epochs)
+    alone = [
+        sentence_samples(*corpus, **rule, first_epoch=first + i, epochs=1) for i in range(epochs)
+    ]
     np.testing.assert_array_equal(together, np.concatenate(alone))
 
 
 def test_short_samples_come_as_often_as_asked() -> None:
     documents = np.arange(0, 40_001, 2, dtype=np.int64)
     sizes = np.full(40_000, 100, np.int32)
-    rows = bert_samples(
+    rows = sentence_samples(
         documents,
         sizes,
         max_tokens=101,
@@ -129,7 +134,7 @@ def test_any_seed_will_do() -> None:
     documents, sizes = np.array([0, 4], np.int64), np.full(4, 3, np.int32)
     rule = {"max_tokens": 8, "min_sentences": 1, "short_seq_prob": 0.5}
     rows = [
-        bert_samples(documents, sizes, **rule, seed=seed, first_epoch=0, epochs=9)
+        sentence_samples(documents, sizes, **rule, seed=seed, first_epoch=0, epochs=9)
         for seed in (5, 5 + 2**64)
     ]
     np.testing.assert_array_equal(*rows)
@@ -140,7 +145,7 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
     sizes = np.full(400, 10, np.int32)
 
     def order(seed: int, epoch: int) -> tuple[int, ...]:
-        rows = bert_samples(
+        rows = sentence_samples(
             documents,
             sizes,
             max_tokens=20,
@@ -160,6 +165,6 @@ def test_epochs_and_seeds_have_orders_of_their_own() -> None:
 def test_the_numbers_are_those_of_splitmix64() -> None:
     # The generator's first outputs from 0 and 1234567, as its authors' reference code gives them.
     n = np.arange(3, dtype=np.uint64)
-    assert index_builder.random64(0, n)[0] == 0xE220A8397B1DCDAF
+    assert index_twin.random64(0, n)[0] == 0xE220A8397B1DCDAF
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    assert index_builder.random64(1234567, n).tolist() == expected
+    assert index_twin.random64(1234567, n).tolist() == expected
