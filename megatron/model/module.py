@@ -145,7 +145,9 @@ class MegatronModule(nn.Module):
         """
         vocab_size = _known_vocab_size(self.config)
         if labels is not None:
-            return vocab_parallel_cross_entropy(logits, labels, self.state.tensor, vocab_size)
+            return vocab_parallel_cross_entropy(
+                logits, labels, self.state.tensor, vocab_size, overwrite=True
+            )
         if self.parallel_output:
             return logits
         return gather_from_tensor_region(logits, self.state.tensor)[..., :vocab_size]

@@ -22,13 +22,19 @@ from megatron.mpu.parallel_state import Axis
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, logits: torch.Tensor, target: torch.Tensor, axis: Axis, vocab_size: int
+        ctx: Any,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        axis: Axis,
+        vocab_size: int,
+        overwrite: bool,
     ) -> torch.Tensor:
         columns = logits.size(-1)
         start = axis.rank * columns
         # Columns of vocabulary padding take no part: as if their logits were minus infinity.
         real = min(max(vocab_size - start, 0), columns)
-        exponents = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        exponents = logits.detach().to(wide, copy=not overwrite)
         exponents[..., real:] = float("-inf")
         maximum = all_reduce(exponents.amax(dim=-1), axis, MAX)
         exponents -= maximum.unsqueeze(-1)
@@ -42,21 +48,28 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         exponents.exp_()
         total, target_logit = all_reduce(torch.stack([exponents.sum(-1), target_logit]), axis)
         ctx.save_for_backward(exponents, total, local, elsewhere)
-        ctx.dtype = logits.dtype
+        ctx.dtype, ctx.overwrite = logits.dtype, overwrite
         return total.log() - target_logit
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None, None]:
         exponents, total, local, elsewhere = ctx.saved_tensors
-        # d loss / d z_v = softmax(z)_v - [v = y]
-        grad_logits = exponents * (grad / total).unsqueeze(-1)
+        # d loss / d z_v = softmax(z)_v - [v = y]; a second backward pass would find its input gone,
+        # and autograd says so.
+        grad_logits = exponents if ctx.overwrite else exponents.clone()
+        grad_logits *= (grad / total).unsqueeze(-1)
         at_target = -grad.masked_fill(elsewhere, 0.0)
         grad_logits.scatter_add_(-1, local.unsqueeze(-1), at_target.unsqueeze(-1))
-        return grad_logits.to(ctx.dtype), None, None, None
+        return grad_logits.to(ctx.dtype), None, None, None, None
 
 
 def vocab_parallel_cross_entropy(
-    logits: torch.Tensor, target: torch.Tensor, axis: Axis, vocab_size: int
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    axis: Axis,
+    vocab_size: int,
+    *,
+    overwrite: bool = False,
 ) -> torch.Tensor:
     """Negative log-likelihood of each target.
 
@@ -65,8 +78,10 @@ def vocab_parallel_cross_entropy(
         target: i64[...], global token numbers below ``vocab_size``.
         axis: the tensor axis.
         vocab_size: true size of the vocabulary, without padding.
+        overwrite: use the memory of ``logits``, which nobody else may need, for the gradient:
+            nothing as large is allocated. There can be one backward pass.
 
     Returns:
         [...], in nats, in float32 or wider.
     """
-    return _VocabParallelCrossEntropy.apply(logits, target, axis, vocab_size)
+    return _VocabParallelCrossEntropy.apply(logits, target, axis, vocab_size, overwrite)
