@@ -7,9 +7,11 @@
     DIR/latest_checkpointed_iteration.txt   "100"
 
 What a tensor is says its `ShardSpec`; weights and optimizer states come as one stream of
-(name, this rank's tensor, spec). Names that begin with "optimizer." are the optimizer's, those that
-begin with "random." are the states of random-number generators, which belong to a rank of a layout
-and are restored on the same layout only.
+(name, this rank's part, spec). Where a rank holds but a stretch of its part, as with the
+distributed optimizer, it is (name, the stretch, spec, index of its first element in the flattened
+part); how a run was spread does not show in its checkpoint. Names that begin with "optimizer." are
+the optimizer's, those that begin with "random." are the states of random-number generators, which
+belong to a rank of a layout and are restored on the same layout only.
 
 Every function here is called by all ranks together, and fails on all of them or on none.
 """
@@ -50,10 +52,10 @@ from megatron.checkpoint.sharded import GlobalTensor
 from megatron.checkpoint.stored import StoredTensors
 from megatron.config import Config
 from megatron.errors import CheckpointError, UserError
-from megatron.mpu.parallel_state import ParallelState
+from megatron.mpu.parallel_state import Axis, ParallelState
 from megatron.mpu.shard_spec import ShardSpec
 
-NamedTensor = tuple[str, torch.Tensor, ShardSpec]
+NamedTensor = tuple[str, torch.Tensor, ShardSpec] | tuple[str, torch.Tensor, ShardSpec, int]
 T = TypeVar("T")
 
 
@@ -136,11 +138,29 @@ def _global_tensors(
     tensors: Iterable[NamedTensor], state: ParallelState, *, with_optimizer: bool
 ) -> dict[str, GlobalTensor]:
     named: dict[str, GlobalTensor] = {}
-    for key, tensor, spec in tensors:
-        if with_optimizer or not is_optimizer(key):
-            assert key not in named, f"two tensors of this rank are named {key}"
-            named[key] = GlobalTensor.of(tensor, spec, state.tensor.rank, state.tensor.size)
+    for entry in tensors:
+        key = entry[0]
+        if is_optimizer(key) and not with_optimizer:
+            continue
+        tensor = _global_tensor(entry, state.tensor)
+        # A tensor that several chunks of a rank hold may come from each.
+        assert key not in named or _same_memory(named[key], tensor), f"two tensors named {key}"
+        named[key] = tensor
     return named
+
+
+def _global_tensor(entry: NamedTensor, tensor_axis: Axis) -> GlobalTensor:
+    rank, size = tensor_axis.rank, tensor_axis.size
+    match entry:
+        case _, part, spec:
+            return GlobalTensor.of(part, spec, rank, size)
+        case _, stretch, spec, first:
+            return GlobalTensor.of_stretch(stretch, first, spec, rank, size)
+
+
+def _same_memory(one: GlobalTensor, other: GlobalTensor) -> bool:
+    pairs = zip(one.pieces, other.pieces, strict=True)
+    return all(a.view.data_ptr() == b.view.data_ptr() for a, b in pairs)
 
 
 class _Writer(dcp.FileSystemWriter):

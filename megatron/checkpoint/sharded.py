@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
+from megatron.checkpoint.intervals import boxes_of, cut
 from megatron.mpu.shard_spec import ShardSpec
 
 
@@ -78,6 +80,24 @@ class GlobalTensor(torch.Tensor):
             for box in spec.rectangles(rank, size)
         )
         return cls(spec.shape, pieces, dtype=local.dtype, device=local.device)
+
+    @classmethod
+    def of_stretch(
+        cls, part: torch.Tensor, first: int, spec: ShardSpec, rank: int, size: int
+    ) -> GlobalTensor:
+        """The same where only `part` [n], from element `first` of the flattened part on, is held.
+
+        It may be empty.
+        """
+        flat = part.detach()
+        rectangles = spec.rectangles(rank, size)
+        pieces = []
+        for box in boxes_of(spec.local_shape(size), first, first + flat.numel()):
+            start = box.first - first
+            held = flat[start : start + prod(box.sizes)].view(box.sizes)
+            for own in cut(box, rectangles):
+                pieces.append(Piece(own.global_offsets, held[own.local_slices]))
+        return cls(spec.shape, pieces, dtype=flat.dtype, device=flat.device)
 
     @classmethod
     def whole(cls, tensor: torch.Tensor) -> GlobalTensor:

@@ -19,18 +19,25 @@ from megatron.optimizer.flat_buffer import shard_spec
 from megatron.optimizer.layout import BUCKET_MULTIPLE
 
 
-def global_norm(tensors: Iterable[Tensor], axis: Axis, device: torch.device) -> Tensor:
-    """The Euclidean norm of all ``tensors`` of all ranks of ``axis``, a float64 scalar.
+def sum_of_squares(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """Of all elements of this rank's ``tensors``, a float64 scalar on ``device``.
 
-    The tensors are flat buffers, [n x 1024], on ``device``. Nothing waits for the device. The
-    result is the same on all ranks, and not finite where any element of any rank is not.
+    The tensors are flat, [n x 1024], on ``device``. Nothing waits for the device. The result is not
+    finite where any element is not.
     """
     squares = torch.zeros((), dtype=torch.float64, device=device)
     for tensor in tensors:
         rows = torch.linalg.vector_norm(tensor.view(-1, BUCKET_MULTIPLE), dim=1)
         squares += rows.double().square().sum()
-    all_reduce(squares, axis)
-    return squares.sqrt()
+    return squares
+
+
+def global_norm(tensors: Iterable[Tensor], axis: Axis, device: torch.device) -> Tensor:
+    """The Euclidean norm of all ``tensors`` of all ranks of ``axis``, a float64 scalar.
+
+    As :func:`sum_of_squares`; the result is the same on all ranks.
+    """
+    return all_reduce(sum_of_squares(tensors, device), axis).sqrt()
 
 
 def parameter_count(parameters: Iterable[nn.Parameter], state: ParallelState) -> int:

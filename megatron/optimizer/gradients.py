@@ -1,4 +1,4 @@
-"""A step's gradients: accumulated in flat buffers, summed over the data-parallel ranks.
+"""A step's gradients: accumulated in flat buffers, summed over the ranks that hold a parameter.
 
 A step goes like this::
 
@@ -8,9 +8,10 @@ A step goes like this::
     gradients.finish()
 
 While the last backward runs, each parameter reports that its gradient is complete. Once a bucket
-has heard of all of its parameters, its all-reduce starts and runs beside the rest of backward.
-:meth:`GradientBuffers.finish` starts what was not started, waits, and adds up the gradients of
-tensors that several stages or tensor ranks hold.
+has heard of all of its parameters, its sum over the data-parallel ranks starts and runs beside the
+rest of backward. :meth:`GradientBuffers.finish` starts what was not started, waits, and adds up the
+gradients of tensors that several stages or tensor ranks hold: after the sum over the data-parallel
+ranks, since each of them may then hold but a part.
 
 Losses are already divided by the global batch's denominators, hence gradients are summed, never
 averaged.
@@ -18,58 +19,78 @@ averaged.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.mpu.collectives import all_reduce, start_all_reduce
+from megatron.mpu.deferral import outstanding
 from megatron.mpu.parallel_state import Axis, ParallelState
-from megatron.optimizer.flat_buffer import FlatBuffer, build_flat_buffers, shard_spec
-
-
-class _Bucket:
-    """A slice of a gradient buffer on its way through one step."""
-
-    def __init__(self, gradients: Tensor, parameters: Sequence[nn.Parameter], place: int) -> None:
-        self.gradients = gradients
-        self.parameters = parameters
-        self.place = place  # of its last parameter in the order of backward
-        self.missing = len(parameters)
+from megatron.optimizer.buckets import Bucket, cut_into_buckets
+from megatron.optimizer.flat_buffer import FlatBuffer, Shard, build_flat_buffers
+from megatron.optimizer.reduction import Reduction, StreamedGradients, WholeGradients
+from megatron.optimizer.shared import find_shared, sum_together
+from megatron.optimizer.weak import weakly
 
 
 class GradientBuffers:
     """The flat buffers of all chunks of this rank.
 
-    ``bucket_size`` is in elements. Every rank of a data-parallel group launches the same
-    collectives in the same order, that of the buckets' expected completion, whatever order the
-    gradients really arrive in.
+    Args:
+        bucket_size: elements.
+        scattered: each data-parallel rank gets the sums of its shard of every bucket (ZeRO-1).
+        streamed: and keeps nothing but these (ZeRO-2); parameters have no ``main_grad`` then.
+
+    Attributes:
+        buffers: the parameters and gradients.
+        buckets: in the order in which backward completes them.
+        shards: what this rank gets the sums of, and updates.
+        shared: the names of the tensors that several stages hold, with the ranks that do.
     """
 
-    def __init__(self, chunks: Sequence[nn.Module], state: ParallelState, bucket_size: int) -> None:
-        self._state = state
+    def __init__(
+        self,
+        chunks: Sequence[nn.Module],
+        state: ParallelState,
+        bucket_size: int,
+        *,
+        scattered: bool = False,
+        streamed: bool = False,
+    ) -> None:
         chunk_of = _chunk_of_parameters(chunks)
         backward_order = list(reversed(chunk_of))
+        self.shared = find_shared(backward_order, state)
         self.buffers: list[FlatBuffer] = build_flat_buffers(
-            backward_order, state.tensor.rank, bucket_size
+            backward_order,
+            state.tensor.rank,
+            bucket_size,
+            shared=self.shared.keys(),
+            shards=state.data.size if scattered or streamed else 1,
+            whole_gradients=not streamed,
         )
-        self._buckets = _cut_into_buckets(self.buffers, backward_order)
-        self._next_bucket = 0
-        self._works: list[dist.Work] = []
+        self.buckets = cut_into_buckets(self.buffers, backward_order)
+        self._reduction: Reduction
+        if streamed:
+            self._reduction = StreamedGradients(self.buckets, state.data)
+        else:
+            self._reduction = WholeGradients(
+                self.buffers, self.buckets, state.data, scattered=scattered
+            )
+        self._summed_over = _sums(self.shards, self.shared, state.tensor)
         self._in_last_backward: set[int] = set()
-        self._shared = _find_shared(backward_order, state)
         self._nodes: list[torch.autograd.graph.Node] = []
         self._watch_backward(chunk_of)
 
+    @property
+    def shards(self) -> list[Shard]:
+        """What this rank gets the sums of, and updates."""
+        return self._reduction.shards
+
     def zero(self) -> None:
         """Begin a step."""
-        for buffer in self.buffers:
-            buffer.gradients.zero_()
-        for bucket in self._buckets:
-            bucket.missing = len(bucket.parameters)
-        self._next_bucket = 0
+        self._reduction.zero()
         self._in_last_backward.clear()
 
     def on_last_backward(self, chunk: int) -> None:
@@ -77,27 +98,18 @@ class GradientBuffers:
         self._in_last_backward.add(chunk)
 
     def finish(self) -> None:
-        """Complete the sums over ranks; the buffers then hold the gradients of the global batch."""
-        while self._next_bucket < len(self._buckets):
-            self._launch_next_bucket()
-        for work in self._works:
-            work.wait()
-        self._works.clear()
-        for buffer in self.buffers:
-            if buffer.traits.partial:
-                all_reduce(buffer.gradients, self._state.tensor)
-        for gradient, axis in self._shared:
-            all_reduce(gradient, axis)
+        """Complete the sums; the shards then hold their gradients of the global batch."""
+        self._reduction.finish()
+        for axis, gradients in self._summed_over:
+            sum_together(gradients, axis)
 
     def _watch_backward(self, chunk_of: dict[nn.Parameter, int]) -> None:
-        bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
-        for buffer in self.buffers:
-            if buffer.accumulates_in_place and self._state.data.size == 1:
-                continue  # nothing is left to do when a gradient arrives
-            for parameter in buffer.parameters:
-                self._watch(parameter, bucket_of[parameter], chunk_of[parameter])
+        for bucket in self.buckets:
+            if self._reduction.wants(bucket):
+                for parameter in bucket.places:
+                    self._watch(parameter, bucket, chunk_of[parameter])
 
-    def _watch(self, parameter: nn.Parameter, bucket: _Bucket, chunk: int) -> None:
+    def _watch(self, parameter: nn.Parameter, bucket: Bucket, chunk: int) -> None:
         # The node's hook also runs where a layer has added into main_grad by itself and handed
         # autograd no gradient, which hooks on the parameter do not. The node lives only as long
         # as someone holds it.
@@ -105,31 +117,18 @@ class GradientBuffers:
         assert function is not None
         node = function.next_functions[0][0]
         assert node is not None
-        node.register_hook(partial(self._gradient_arrived, parameter, bucket, chunk))
+        # The model holds this call, and must not keep the buffers alive by it.
+        arrived = partial(weakly(self._gradient_arrived), parameter, bucket, chunk)
+        node.register_hook(arrived)
         self._nodes.append(node)
+        # Called when the last of a weight's products has been done that were left for later.
+        parameter.completed = arrived  # type: ignore[attr-defined]
 
     def _gradient_arrived(
-        self, parameter: nn.Parameter, bucket: _Bucket, chunk: int, *_: object
+        self, parameter: nn.Parameter, bucket: Bucket, chunk: int, *_: object
     ) -> None:
-        main_grad: Tensor = parameter.main_grad  # type: ignore[attr-defined]
-        if parameter.grad is not None and parameter.dtype != main_grad.dtype:
-            main_grad.add_(parameter.grad)
-            parameter.grad = None
-        if chunk in self._in_last_backward:
-            bucket.missing -= 1
-            while self._next_bucket_is_complete():
-                self._launch_next_bucket()
-
-    def _next_bucket_is_complete(self) -> bool:
-        waiting = self._next_bucket < len(self._buckets)
-        return waiting and self._buckets[self._next_bucket].missing == 0
-
-    def _launch_next_bucket(self) -> None:
-        bucket = self._buckets[self._next_bucket]
-        self._next_bucket += 1
-        work = start_all_reduce(bucket.gradients, self._state.data)
-        if work is not None:
-            self._works.append(work)
+        last = chunk in self._in_last_backward and outstanding(parameter) == 0
+        self._reduction.arrived(parameter, bucket, last=last)
 
 
 def _chunk_of_parameters(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, int]:
@@ -142,40 +141,13 @@ def _chunk_of_parameters(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, int]
     return chunk_of
 
 
-def _cut_into_buckets(
-    buffers: Sequence[FlatBuffer], backward_order: Sequence[nn.Parameter]
-) -> list[_Bucket]:
-    """The buckets of all buffers in the order in which backward should complete them."""
-    place = {parameter: index for index, parameter in enumerate(backward_order)}
-    buckets = []
-    for buffer in buffers:
-        for cut in buffer.layout.buckets:
-            parameters = buffer.parameters[cut.first : cut.last]
-            gradients = buffer.gradients[cut.start : cut.stop]
-            buckets.append(_Bucket(gradients, parameters, place[parameters[-1]]))
-    return sorted(buckets, key=lambda bucket: bucket.place)
-
-
-def _find_shared(
-    parameters: Sequence[nn.Parameter], state: ParallelState
-) -> list[tuple[Tensor, Axis]]:
-    """The gradients of tensors that several stages hold, with the ranks to add them up over.
-
-    A copy says what it is tied to, its owner does not know that there are copies. The members of
-    an embedding group therefore tell each other what they hold, and each tensor that all of them
-    hold, some as a copy, is shared over that group.
-    """
-    held = {shard_spec(parameter).key: parameter for parameter in parameters}
-    copies = {shard_spec(p).key for p in parameters if shard_spec(p).tied_to is not None}
-    shared: dict[str, tuple[Tensor, Axis]] = {}
-    for axis in (state.embedding, state.position_embedding):
-        if axis is None or axis.size == 1:
-            continue
-        told: list[tuple[set[str], set[str]]] = [(set(), set())] * axis.size
-        dist.all_gather_object(told, (set(held), copies), group=axis.group)
-        held_by_all = set.intersection(*(names for names, _ in told))
-        copied_by_any = set.union(*(names for _, names in told))
-        for key in sorted((held_by_all & copied_by_any) - shared.keys()):
-            gradient: Tensor = held[key].main_grad  # type: ignore[attr-defined]
-            shared[key] = (gradient, axis)
-    return list(shared.values())
+def _sums(
+    shards: Sequence[Shard], shared: dict[str, Axis], tensor: Axis
+) -> list[tuple[Axis, list[Tensor]]]:
+    """The gradients that have to be summed over some ranks, by these, in everybody's order."""
+    partial_sums = [shard.gradients for shard in shards if shard.buffer.traits.partial]
+    gradient_of = {shard.buffer.traits.shared: shard.gradients for shard in shards}
+    by_axis: dict[Axis, list[Tensor]] = defaultdict(list)
+    for key, axis in shared.items():
+        by_axis[axis].append(gradient_of[key])
+    return [(tensor, partial_sums), *by_axis.items()]

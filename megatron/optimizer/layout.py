@@ -20,8 +20,7 @@ from math import ceil
 # Vectorised kernels start every parameter on a full vector, and a tied copy is rounded like its
 # owner wherever the two lie.
 ALIGNMENT = 64
-# A buffer is then a whole number of rows for the row-wise gradient norm, and a bucket divides
-# evenly among the usual numbers of data-parallel ranks.
+# What one rank updates of a bucket is then a whole number of rows for the row-wise gradient norm.
 BUCKET_MULTIPLE = 1024
 
 
@@ -54,11 +53,16 @@ def lay_out(
     *,
     alignment: int = ALIGNMENT,
     bucket_multiple: int = BUCKET_MULTIPLE,
+    one_place: bool = False,
 ) -> Layout:
     """Place parameters of ``sizes`` elements one after the other in buckets of ``bucket_size``.
 
-    ``sizes`` must not be empty; ``bucket_multiple`` must be a multiple of ``alignment``.
+    ``sizes`` must not be empty; ``bucket_multiple`` must be a multiple of ``alignment``. With
+    ``one_place`` all of them, being equally large, lie in the same place.
     """
+    if one_place:
+        stop = _round_up(sizes[0], bucket_multiple)
+        return Layout((0,) * len(sizes), (Bucket(0, stop, 0, len(sizes)),))
     starts: list[int] = []
     buckets: list[Bucket] = []
     start = first = offset = 0

@@ -22,9 +22,13 @@ BACKOFF = 0.5
 
 
 class LossScaler(Protocol):
-    """What the optimizer asks of a scaler; ``scale`` is a float32 scalar on the device."""
+    """What the optimizer asks of a scaler.
+
+    ``scale`` is a float32 scalar on the device; ``neutral`` says that it is 1 for good.
+    """
 
     scale: Tensor
+    neutral: bool
 
     def update(self, overflow: Tensor) -> None:
         """Adjust the scale after a step; ``overflow`` is a bool scalar on the device."""
@@ -41,6 +45,7 @@ class ConstantLossScaler:
 
     def __init__(self, scale: float, device: torch.device | str) -> None:
         self.scale = torch.tensor(scale, dtype=torch.float32, device=device)
+        self.neutral = scale == 1.0
 
     def update(self, overflow: Tensor) -> None:
         """Leave the scale as it is."""
@@ -69,6 +74,7 @@ class DynamicLossScaler:
         device: torch.device | str,
     ) -> None:
         self.scale = torch.tensor(initial, dtype=torch.float32, device=device)
+        self.neutral = False
         self._good_steps = torch.tensor(0, dtype=torch.int32, device=device)
         self._tolerance = torch.tensor(hysteresis, dtype=torch.int32, device=device)
         self._minimum = minimum

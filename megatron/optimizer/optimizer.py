@@ -1,35 +1,47 @@
 """The update of the weights, from accumulated gradients to new parameters.
 
-A step, all of it on the device and on whole flat buffers::
+A step, all of it on the device and on whole flat tensors::
 
     norm     of the gradient over the model, each tensor once, divided by the loss scale
     finite?  a norm that is not marks the step as skipped: no weight, moment or count changes
     update   gradients are divided by loss scale and clipping factor inside the fused optimizer
     round    half-precision parameters are copied from their float32 masters
+    gather   with the distributed optimizer: the other ranks' shards, beside the next forward
     scale    the loss scaler hears whether the step was skipped
 
 Nothing waits for the device: the caller reads the result when it wants to.
+
+Without clipping and loss scaling the update needs no norm, and a stage that is done does not wait
+for the others, as zero-bubble schedules want it (arXiv 2401.10241, section 4). The norm is then
+summed on the side. Whether a gradient that is not finite skips the step is agreed upon by the ranks
+that hold the same tensors, and stages that share nothing decide by themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.config import Config, OptimizerConfig
-from megatron.mpu.parallel_state import ParallelState
+from megatron.mpu.collectives import MAX, all_reduce, start_all_reduce
+from megatron.mpu.parallel_state import Axis, ParallelState
 from megatron.mpu.shard_spec import ShardSpec
-from megatron.optimizer.flat_buffer import FlatBuffer, shard_spec
-from megatron.optimizer.grad_norm import global_norm, parameter_count
+from megatron.optimizer.flat_buffer import Shard, shard_spec
+from megatron.optimizer.gather import ParameterGather
+from megatron.optimizer.grad_norm import global_norm, parameter_count, sum_of_squares
 from megatron.optimizer.gradients import GradientBuffers
 from megatron.optimizer.loss_scaler import LossScaler, build_loss_scaler
 
 # Keeps the clipping factor finite for a gradient of zeros, as torch.nn.utils.clip_grad_norm_ does.
 NORM_EPSILON = 1e-6
+
+# (key, [n], spec, index of the first of the n in this tensor rank's flattened part of the tensor)
+StatePart = tuple[str, Tensor, ShardSpec, int]
 
 
 @dataclass(frozen=True)
@@ -37,41 +49,50 @@ class StepResult:
     """What a step did; scalars on the device.
 
     Attributes:
-        grad_norm: float64, norm of the whole gradient before clipping, loss scale divided out.
-        skipped: bool, whether the gradient was not finite and nothing was updated.
+        skipped: bool, whether the gradient was not finite and nothing was updated; on this stage,
+            where stages decide by themselves.
     """
 
-    grad_norm: Tensor
     skipped: Tensor
+    _norm: Callable[[], Tensor]
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Float64, norm of the whole gradient before clipping, loss scale divided out.
+
+        Waits for the other stages where the step has not.
+        """
+        return self._norm()
 
 
 @dataclass(frozen=True)
 class _Stepped:
-    """A flat buffer and the tensor that the optimizer updates for it.
+    """A shard of a flat buffer and the tensor that the optimizer updates for it.
 
     ``weights`` shares the buffer's memory in float32 and float64 and is a float32 master of it in
     half precision.
     """
 
-    buffer: FlatBuffer
+    shard: Shard
     weights: nn.Parameter
 
     @classmethod
-    def of(cls, buffer: FlatBuffer) -> _Stepped:
-        weights = nn.Parameter(buffer.values.to(buffer.gradients.dtype))
-        weights.grad = buffer.gradients
-        return cls(buffer, weights)
+    def of(cls, shard: Shard) -> _Stepped:
+        weights = nn.Parameter(shard.values.to(shard.gradients.dtype))
+        weights.grad = shard.gradients
+        return cls(shard, weights)
 
     @property
     def has_master(self) -> bool:
-        return not self.buffer.accumulates_in_place
+        return self.weights.dtype != self.shard.buffer.values.dtype
 
 
 class Optimizer:
-    """AdamW or SGD over the flat buffers of this rank's chunks.
+    """AdamW or SGD over this rank's shards of its chunks' flat buffers.
 
     All optimizer state is allocated here and never replaced, so that a checkpoint can be loaded
-    into :meth:`state_tensors` in place.
+    into :meth:`state_tensors` in place. With the distributed optimizer ``gather`` brings the other
+    ranks' shards; without it every rank's shards are its whole buffers.
     """
 
     def __init__(
@@ -80,16 +101,22 @@ class Optimizer:
         gradients: GradientBuffers,
         scaler: LossScaler,
         state: ParallelState,
+        gather: ParameterGather | None = None,
     ) -> None:
         self.gradients = gradients
         self._state = state
         self._clip = options.clip_grad
         self._scaler = scaler
-        self._stepped = [_Stepped.of(buffer) for buffer in gradients.buffers]
+        self._gather = gather
+        self._stepped = [_Stepped.of(shard) for shard in gradients.shards]
         build = _build_adam if options.optimizer == "adam" else _build_sgd
         self._fused = build(options, self._stepped)
         # The fused kernels take their divisor in float32, too coarse for float64.
         self._exact = any(s.weights.dtype == torch.float64 for s in self._stepped)
+        # The ranks that together hold each element of the model once or, tied, a few times.
+        self._whole = state.model if gather is None else _world(state)
+        self._agreeing = _agreeing(gradients.shared, state, sharded=gather is not None)
+        self._norm_under_way: dist.Work | None = None
 
     @property
     def loss_scale(self) -> Tensor:
@@ -100,26 +127,40 @@ class Optimizer:
     def step(self, lr: float) -> StepResult:
         """Update the parameters from finished gradients, which are used up by it.
 
-        ``lr`` is the learning rate of this step. A collective over ``state.model``.
+        ``lr`` is the learning rate of this step. A collective over all stages, unless there is
+        neither clipping nor loss scaling.
         """
-        counted = (b.gradients for b in self.gradients.buffers if b.counted)
-        norm = global_norm(counted, self._state.model, self._state.device) / self.loss_scale
-        skipped = ~norm.isfinite()
-        self._divide_gradients(norm)
-        self._fused.found_inf = skipped.float()  # type: ignore[attr-defined]
+        self.finish_gather()
+        counted = (s.shard.gradients for s in self._stepped if s.shard.buffer.counted)
+        squares = sum_of_squares(counted, self._state.device)
+        if self._clip > 0 or not self._scaler.neutral:
+            result = self._decide_together(squares)
+        else:
+            result = self._decide_by_stage(squares)
+        self._fused.found_inf = result.skipped.float()  # type: ignore[attr-defined]
         for group in self._fused.param_groups:
             group["lr"] = lr
         self._fused.step()
         for stepped in self._stepped:
             if stepped.has_master:
-                stepped.buffer.values.copy_(stepped.weights)
-        self._scaler.update(skipped)
-        return StepResult(norm, skipped)
+                stepped.shard.values.copy_(stepped.weights)
+        if self._gather is not None:
+            self._gather.start()
+        self._scaler.update(result.skipped)
+        return result
+
+    def finish_gather(self) -> None:
+        """Wait for the parameters that other ranks have updated.
+
+        Forward passes wait by themselves; whoever reads parameters otherwise calls it first.
+        """
+        if self._gather is not None:
+            self._gather.finish()
 
     def parameter_norm(self) -> Tensor:
-        """Norm of the whole model's parameters, float64; a collective over ``state.model``."""
-        counted = (s.weights.detach() for s in self._stepped if s.buffer.counted)
-        return global_norm(counted, self._state.model, self._state.device)
+        """Norm of the whole model's parameters, float64; a collective over the model."""
+        counted = (s.weights.detach() for s in self._stepped if s.shard.buffer.counted)
+        return global_norm(counted, self._whole, self._state.device)
 
     def parameter_count(self) -> int:
         """Elements of the whole model, without padding and copies; a collective over it."""
@@ -131,20 +172,21 @@ class Optimizer:
         """Take the masters from the parameters, after these were loaded without optimizer state."""
         for stepped in self._stepped:
             if stepped.has_master:
-                stepped.weights.copy_(stepped.buffer.values)
+                stepped.weights.copy_(stepped.shard.values)
 
-    def state_tensors(self) -> Iterator[tuple[str, Tensor, ShardSpec]]:
-        """Every state tensor as (key, view of the parameter's local shape, its spec).
+    def state_tensors(self) -> Iterator[StatePart]:
+        """What this rank holds of every state tensor, as (key, [n], spec, first).
 
-        Keys are ``optimizer.{exp_avg,exp_avg_sq,momentum_buffer,master}.{name}``. Writing into the
-        views restores the state. A tied copy comes under its owner's key.
+        Keys are ``optimizer.{exp_avg,exp_avg_sq,momentum_buffer,master}.{name}``. The n elements
+        are those from ``first`` on of this tensor rank's flattened part: all of them without the
+        distributed optimizer, and possibly none with it. Writing into them restores the state. A
+        tied copy comes under its owner's key.
         """
         for stepped in self._stepped:
             for kind, flat in self._flat_state(stepped):
-                views = stepped.buffer.views(flat)
-                for view, parameter in zip(views, stepped.buffer.parameters, strict=True):
+                for parameter, part, first in stepped.shard.parts(flat):
                     spec = shard_spec(parameter)
-                    yield f"optimizer.{kind}.{spec.key}", view, spec
+                    yield f"optimizer.{kind}.{spec.key}", part, spec, first
 
     def state_dict(self) -> dict[str, Any]:
         """The scalar state as plain numbers: steps taken and the loss scaler's."""
@@ -160,6 +202,28 @@ class Optimizer:
             count.fill_(state["steps"])
         self._scaler.load_state_dict(state["loss_scaler"])
 
+    def _decide_together(self, squares: Tensor) -> StepResult:
+        """Clip by the norm of the whole model, and skip the step everywhere or nowhere."""
+        norm = all_reduce(squares, self._whole).sqrt() / self.loss_scale
+        self._divide_gradients(norm)
+        return StepResult(~norm.isfinite(), lambda: norm)
+
+    def _decide_by_stage(self, squares: Tensor) -> StepResult:
+        """Skip the step where the holders of a tensor find it bad; the norm is for the report."""
+        bad = (~squares.isfinite()).float()
+        for axis in self._agreeing:
+            all_reduce(bad, axis, MAX)
+        if self._norm_under_way is not None:
+            self._norm_under_way.wait()
+        self._norm_under_way = work = start_all_reduce(squares, self._whole)
+
+        def norm() -> Tensor:
+            if work is not None:
+                work.wait()
+            return squares.sqrt()
+
+        return StepResult(bad > 0, norm)
+
     def _divide_gradients(self, norm: Tensor) -> None:
         """Divide by the loss scale and, where the norm is too large, down to the clipping norm."""
         divisor = self.loss_scale.double()
@@ -168,8 +232,8 @@ class Optimizer:
         if not self._exact:
             self._fused.grad_scale = divisor.float()  # type: ignore[attr-defined]
             return
-        for buffer in self.gradients.buffers:
-            buffer.gradients.div_(divisor)
+        for stepped in self._stepped:
+            stepped.shard.gradients.div_(divisor)
 
     def _flat_state(self, stepped: _Stepped) -> Iterator[tuple[str, Tensor]]:
         for kind, flat in self._fused.state[stepped.weights].items():
@@ -188,9 +252,33 @@ def build_optimizer(config: Config, chunks: Sequence[nn.Module], state: Parallel
 
     Every rank must call it, after the weights are on their device.
     """
-    gradients = GradientBuffers(chunks, state, config.parallel.gradient_bucket_size)
+    parallel = config.parallel
+    distributed = parallel.use_distributed_optimizer
+    gradients = GradientBuffers(
+        chunks,
+        state,
+        parallel.gradient_bucket_size,
+        scattered=distributed,
+        streamed=parallel.shard_gradients,
+    )
+    gather = ParameterGather(chunks, gradients.buckets, state.data) if distributed else None
     scaler = build_loss_scaler(config, state.device)
-    return Optimizer(config.optimizer, gradients, scaler, state)
+    return Optimizer(config.optimizer, gradients, scaler, state, gather)
+
+
+def _world(state: ParallelState) -> Axis:
+    """All ranks of the run."""
+    ranks = tuple(range(state.world_size))
+    return Axis(ranks, state.rank, dist.group.WORLD if len(ranks) > 1 else None)
+
+
+def _agreeing(shared: Mapping[str, Axis], state: ParallelState, *, sharded: bool) -> list[Axis]:
+    """The axes over which ranks hold the same tensors, or shards of the same tensor.
+
+    Of the groups that share tensors with other stages the first is the largest, and the others'
+    members are among its own.
+    """
+    return [state.tensor, *([state.data] if sharded else []), *list(shared.values())[:1]]
 
 
 def _build_adam(options: OptimizerConfig, stepped: Sequence[_Stepped]) -> torch.optim.Optimizer:
@@ -231,7 +319,7 @@ def _parameter_groups(
     return [
         {
             "params": [each.weights],
-            "weight_decay": options.weight_decay if each.buffer.traits.decayed else 0.0,
+            "weight_decay": options.weight_decay if each.shard.buffer.traits.decayed else 0.0,
         }
         for each in stepped
     ]

@@ -71,4 +71,5 @@ def resume(trainer: Trainer) -> bool:
 
 
 def _tensors(trainer: Trainer) -> Iterator[NamedTensor]:
+    trainer.optimizer.finish_gather()
     return chain(trainer.weights, trainer.optimizer.state_tensors())

@@ -80,7 +80,7 @@ def recorded(events: list[Any]) -> Iterator[None]:
         events.append(tensor.numel())
         return start_all_reduce(tensor, axis)
 
-    with mock.patch("megatron.optimizer.gradients.start_all_reduce", spy):
+    with mock.patch("megatron.optimizer.reduction.start_all_reduce", spy):
         yield
 
 
@@ -264,7 +264,7 @@ def train_tied_copies() -> None:
         dist.all_gather(copies, stage.embedding.detach())
         assert all(torch.equal(copy, stage.embedding) for copy in copies)
     assert optimizer.parameter_count() == 30 * 7 + 3 * 5 + 2 * 7
-    specs = {key: spec for key, _, spec in optimizer.state_tensors()}
+    specs = {key: spec for key, _, spec, _ in optimizer.state_tensors()}
     tied = specs["optimizer.exp_avg.embedding"].tied_to
     assert tied == (None if state.pipeline.rank == 0 else "embedding")
 

@@ -58,7 +58,7 @@ def test_split_model_has_the_norm_and_count_of_the_whole() -> None:
     whole = list(Net(SINGLE).parameters())
     expected = torch.cat([p.detach().flatten() for p in whole]).double().norm()
     net = Net(state)
-    buffers = build_flat_buffers(net.parameters(), state.tensor.rank, bucket_size=300)
+    buffers = build_flat_buffers(list(net.parameters()), state.tensor.rank, bucket_size=300)
     counted = [buffer.values for buffer in buffers if buffer.counted]
     norm = global_norm(counted, state.model, CPU)
     assert abs(norm / expected - 1) < 1e-6
