@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron.data import index_twin
-from megatron.data.index_builder import sentence_samples
+from megatron.data.index_builder import sentence_samples, token_samples
 from tests.data.support import EXAMPLES
 
 Corpus = tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]
@@ -64,6 +64,75 @@ def test_the_extension_stays_within_the_corpus(bounds: list[int]) -> None:
     sizes = np.ones(4, np.int32)
     with pytest.raises(ValueError, match="document boundaries"):
         extension.sentence_samples(np.array(bounds), sizes, 8, 1, 0, 0, 0, 1)
+
+
+lengths_of_documents = st.lists(st.integers(0, 40), min_size=1, max_size=20).filter(
+    lambda lengths: sum(lengths) > 1
+)
+
+
+@needs_extension
+@given(
+    lengths=lengths_of_documents,
+    data=st.data(),
+    seed=st.integers(0, 2**64 - 1),
+    first=st.integers(0, 3) | st.integers(0, 2**40),
+    epochs=st.integers(0, 4),
+)
+@EXAMPLES
+def test_the_extension_cuts_streams_as_its_twin(
+    lengths: list[int], data: st.DataObject, seed: int, first: int, epochs: int
+) -> None:
+    documents = np.array(lengths, np.int64)
+    s = data.draw(st.integers(1, sum(lengths) - 1))
+    compiled = extension.token_samples(documents, s, seed, first, epochs)
+    twin = index_twin.token_samples(documents, s, seed, first, epochs)
+    assert compiled.dtype == twin.dtype == np.int64
+    np.testing.assert_array_equal(compiled, twin)
+    compiled = extension.document_order(len(lengths), seed, first, epochs)
+    np.testing.assert_array_equal(
+        compiled, index_twin.document_order(len(lengths), seed, first, epochs)
+    )
+
+
+@given(lengths=lengths_of_documents, data=st.data(), seed=st.integers(0, 2**64 - 1))
+@EXAMPLES
+def test_epochs_of_a_stream_do_not_depend_on_how_they_are_built(
+    lengths: list[int], data: st.DataObject, seed: int
+) -> None:
+    documents = np.array(lengths, np.int64)
+    s = data.draw(st.integers(1, sum(lengths) - 1))
+    rule = {"seq_length": s, "seed": seed}
+    together = token_samples(documents, **rule, first_epoch=2, epochs=3)
+    alone = [token_samples(documents, **rule, first_epoch=e, epochs=1) for e in (2, 3, 4)]
+    np.testing.assert_array_equal(together, np.concatenate(alone))
+
+
+@needs_extension
+@pytest.mark.parametrize(("lengths", "s"), [([4, 4], 8), ([], 1), ([9, -1], 2), ([9], 0)])
+def test_the_extension_cuts_no_stream_that_holds_no_sample(lengths: list[int], s: int) -> None:
+    with pytest.raises(ValueError, match="hold no sample|negative length"):
+        extension.token_samples(np.array(lengths, np.int64), s, 0, 0, 1)
+
+
+@needs_extension
+@given(weights=st.lists(st.integers(1, 2**58), min_size=1, max_size=8), first=st.integers(0, 300))
+@EXAMPLES
+def test_the_extension_blends_as_its_twin(weights: list[int], first: int) -> None:
+    none = [0] * len(weights)
+    start = index_twin.interleave(weights, none, first)
+    counts = np.bincount(start[:, 0], minlength=len(weights)).tolist()
+    compiled = extension.interleave(weights, counts, 200)
+    np.testing.assert_array_equal(compiled, index_twin.interleave(weights, counts, 200))
+    whole = extension.interleave(weights, none, first + 200)
+    np.testing.assert_array_equal(whole, np.concatenate([start, compiled]))
+
+
+@needs_extension
+@pytest.mark.parametrize("weights", [[], [1], [1, 0], [2**62, 1]])
+def test_the_extension_blends_nothing_without_weights(weights: list[int]) -> None:
+    with pytest.raises(ValueError, match="a blend needs"):
+        extension.interleave(weights, [0, 0], 9)
 
 
 @given(corpus=corpora(), rule=rules)

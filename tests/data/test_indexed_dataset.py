@@ -3,7 +3,7 @@
 import contextlib
 import pickle
 import struct
-from itertools import pairwise
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -213,3 +213,22 @@ def test_warming_up_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(1, "<u2"), (65499, "<u2"), (65500, "<i4")])
 def test_the_number_format_of_a_vocabulary(vocab_size: int, dtype: str) -> None:
     assert token_dtype(vocab_size).str == dtype
+
+
+@given(data=st.data(), sizes=st.lists(st.lists(st.integers(0, 6), max_size=5), max_size=6))
+@EXAMPLES
+def test_a_document_is_read_from_anywhere(
+    tmp_path: Path, data: st.DataObject, sizes: list[list[int]]
+) -> None:
+    numbers = count()
+    documents = [[list(islice(numbers, n)) for n in lengths] for lengths in sizes]
+    dataset = write_dataset(tmp_path / "d", documents)
+    first = data.draw(st.integers(0, len(sizes)))
+    lengths = dataset.document_lengths(range(first, len(sizes)))
+    assert lengths.tolist() == [sum(lengths) for lengths in sizes[first:]]
+    for number, document in enumerate(documents):
+        whole = list(chain.from_iterable(document))
+        offset = data.draw(st.integers(0, len(whole)))
+        most = data.draw(st.integers(1, 20))
+        found = dataset.read_document(number, offset, most)
+        assert found.tolist() == whole[offset : offset + most]
