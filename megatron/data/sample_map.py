@@ -151,7 +151,7 @@ def build_token_map(
         cache_dir=cache_dir,
         name=f"{prefix}_order",
         columns=1,
-        identity={"order": len(documents), "seed": seed},
+        identity={"documents": len(documents), "seed": seed},
     )
     sample_paths: list[Path] = []
     order_paths: list[Path] = []
