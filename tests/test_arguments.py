@@ -335,6 +335,72 @@ def test_every_flag_of_the_old_scripts_is_known() -> None:
     assert {name.replace("_", "-") for name in names} <= known
 
 
+# Flags as launch scripts of Megatron-LM state them, by model and number of ranks.
+SCRIPTS = {
+    ("gpt", 8): """
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --num-layers 24
+        --hidden-size 1024 --num-attention-heads 16 --micro-batch-size 4 --global-batch-size 16
+        --seq-length 1024 --max-position-embeddings 1024 --train-iters 500000
+        --lr-decay-iters 320000 --data-path text --vocab-file vocab --merge-file vocab
+        --tokenizer-type GPT2BPETokenizer --data-impl mmap --split 949,50,1
+        --distributed-backend nccl --lr 0.00015 --lr-decay-style cosine --min-lr 1.0e-5
+        --weight-decay 1e-2 --clip-grad 1.0 --lr-warmup-fraction .01
+        --activations-checkpoint-method uniform --log-interval 100 --eval-interval 1000
+        --eval-iters 10 --fp16 --DDP-impl local --local_rank 0""",
+    ("gpt", 1024): """
+        --tensor-model-parallel-size 8 --pipeline-model-parallel-size 16 --num-layers 96
+        --hidden-size 12288 --num-attention-heads 96 --micro-batch-size 1 --global-batch-size 1536
+        --num-layers-per-virtual-pipeline-stage 1 --rampup-batch-size 16 16 5859375
+        --seq-length 2048 --max-position-embeddings 2048 --train-samples 146484375
+        --lr-decay-samples 126953125 --lr-warmup-samples 183105 --lr 6.0e-5 --min-lr 6.0e-6
+        --data-path 0.3 text 0.7 other --vocab-file vocab --merge-file vocab --split 98,2,0
+        --sequence-parallel --recompute-activations --adam-beta2 0.95 --init-method-std 0.006
+        --reset-position-ids --reset-attention-mask --eod-mask-loss --bf16""",
+    ("gpt", 16): """
+        --use-mcore-models --num-layers 32 --hidden-size 4096 --ffn-hidden-size 14336
+        --num-attention-heads 32 --group-query-attention --num-query-groups 8 --swiglu
+        --normalization RMSNorm --position-embedding-type rope --no-position-embedding
+        --rotary-base 500000 --disable-bias-linear --untie-embeddings-and-output-weights
+        --attention-dropout 0 --hidden-dropout 0 --seq-length 8192 --max-position-embeddings 8192
+        --tokenizer-type SentencePieceTokenizer --tokenizer-model vocab --micro-batch-size 1
+        --global-batch-size 128 --train-iters 1000 --lr 3e-4 --lr-warmup-iters 100 --bf16
+        --tensor-model-parallel-size 8 --sequence-parallel --use-distributed-optimizer
+        --overlap-grad-reduce --overlap-param-gather --use-flash-attn --no-masked-softmax-fusion
+        --attention-softmax-in-fp32 --accumulate-allreduce-grads-in-fp32 --data-path text""",
+    ("t5", 8): """
+        --num-layers 12 --hidden-size 768 --num-attention-heads 12 --kv-channels 64
+        --ffn-hidden-size 3072 --encoder-seq-length 512 --decoder-seq-length 128
+        --micro-batch-size 16 --max-position-embeddings 512 --global-batch-size 2048
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 4
+        --pipeline-model-parallel-split-rank 2 --vocab-extra-ids 100 --train-iters 1000000
+        --lr-decay-iters 1000000 --lr 0.0001 --min-lr 0.00001 --lr-decay-style linear
+        --lr-warmup-fraction .01 --vocab-file vocab --tokenizer-type BertWordPieceCase
+        --data-path text --split 949,50,1 --checkpoint-activations --fp16""",
+    ("bert", 8): """
+        --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --num-layers 24
+        --hidden-size 1024 --num-attention-heads 16 --micro-batch-size 2 --global-batch-size 16
+        --seq-length 512 --max-position-embeddings 512 --train-iters 1000000 --data-path text
+        --vocab-file vocab --data-impl mmap --split 949,50,1 --lr 0.0001 --min-lr 1.0e-5
+        --lr-decay-style linear --lr-decay-iters 990000 --weight-decay 1e-2 --clip-grad 1.0
+        --lr-warmup-fraction .01 --activations-checkpoint-method uniform
+        --distribute-checkpointed-activations --fp16""",
+}
+
+
+@pytest.mark.parametrize(("model", "ranks"), SCRIPTS)
+def test_a_script_of_the_lineage_is_understood(
+    model: str, ranks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("text.idx", "text.bin", "other.idx", "other.bin", "vocab"):
+        (tmp_path / name).touch()
+    argv = SCRIPTS[model, ranks].split()
+    config, _ = read_config(argv, defaults={"model_type": model}, world_size=ranks)
+    assert config.model.model_type == model
+    if "--num-query-groups" in argv:
+        assert config.model.num_query_groups == 8
+
+
 # What is shown
 
 
