@@ -5,8 +5,13 @@ Three rules keep ranks from waiting for one another:
 1. Every directed edge has a communicator for activations and one for gradients, so a message never
    queues behind one that its receiver wants later.
 2. Sends are asynchronous. The sent tensor is held until the schedule proves that it has arrived, or
-   that waiting for it cannot stop the pipeline (`megatron.pipeline.messages`).
+   that waiting for it cannot stop the pipeline (`megatron.pipeline.messages`). What is still on its
+   way when a step ends is left so; the next step waits for it when it uses the same edge.
 3. Receives are opened ahead, so that data travels while the rank computes.
+
+Where a rank opens a receive and starts a send at the same point, they are not batched into one NCCL
+call: a batch is one kernel, which ends when the slowest of its messages has. On communicators of
+their own, each on a stream of its own, they run at the same time and end one by one.
 
 With NCCL `wait` makes the device's stream wait, not the host. Buffers for receives come from
 torch's allocator each time: it hands out a freed buffer again exactly when nothing refers to it any
@@ -15,8 +20,10 @@ longer, which only it can know, since autograd may keep views of an activation o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,7 +35,7 @@ from megatron.pipeline.messages import Edge, Message
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """Shape and type of the activations that travel between stages, and of their gradients."""
+    """Shape and type of the activation that a stage sends on, and of its gradient."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -38,14 +45,28 @@ class PipelineError(RuntimeError):
     """A message did not arrive: the other rank died, or the group's timeout passed."""
 
 
-class Exchange:
-    """Sends and receives of one rank; messages are given in the order of the compiled schedule."""
+class _Sent(NamedTuple):
+    """A message on its way, with the tensor that must live until it has arrived."""
 
-    def __init__(self, state: ParallelState, spec: TensorSpec) -> None:
+    message: Message
+    work: dist.Work
+    tensor: torch.Tensor
+
+
+class Exchange:
+    """Sends and receives of one rank; messages are given in the order of the compiled schedule.
+
+    Args:
+        state: the process groups.
+        activation: what a stage sends to the next one; its gradient comes back in the same shape.
+    """
+
+    def __init__(self, state: ParallelState, activation: Callable[[int], TensorSpec]) -> None:
         self._state = state
-        self._spec = spec
+        self._activation = activation
         self._incoming: dict[Message, tuple[dist.Work, torch.Tensor]] = {}
-        self._outgoing: dict[Message, tuple[dist.Work, torch.Tensor]] = {}
+        self._outgoing: dict[Message, _Sent] = {}
+        self._of_last_step: dict[Edge, list[_Sent]] = defaultdict(list)
         self._local: dict[Message, torch.Tensor] = {}
 
     def connect(self, edges: Sequence[Edge]) -> None:
@@ -74,8 +95,8 @@ class Exchange:
 
     def post(self, message: Message) -> None:
         """Open the receive of `message`."""
-        edge = message.edge
-        buffer = torch.empty(self._spec.shape, dtype=self._spec.dtype, device=self._state.device)
+        edge, spec = message.edge, self._spec(message)
+        buffer = torch.empty(spec.shape, dtype=spec.dtype, device=self._state.device)
         try:
             work = dist.irecv(buffer, self._global_rank(edge.source), group=self._group(edge))
         except RuntimeError as error:
@@ -105,20 +126,20 @@ class Exchange:
         if message.is_local:
             self._local[message] = tensor
             return
-        found = TensorSpec(tuple(tensor.shape), tensor.dtype)
-        if found != self._spec:
+        found, spec = TensorSpec(tuple(tensor.shape), tensor.dtype), self._spec(message)
+        if found != spec:
             raise ValueError(
                 f"stage {message.producer.stage} made {message} as {found.dtype} "
-                f"{list(found.shape)}; the pipeline carries {self._spec.dtype} "
-                f"{list(self._spec.shape)}"
+                f"{list(found.shape)}; the pipeline carries {spec.dtype} {list(spec.shape)}"
             )
         edge, tensor = message.edge, tensor.contiguous()
+        self._settle(edge)
         try:
             work = dist.isend(tensor, self._global_rank(edge.target), group=self._group(edge))
         except RuntimeError as error:
             raise self._failure(message, error) from error
         assert work is not None
-        self._outgoing[message] = work, tensor
+        self._outgoing[message] = _Sent(message, work, tensor)
 
     def release(self, message: Message) -> None:
         """Let go of the sent tensor of `message`, once it has arrived.
@@ -127,19 +148,32 @@ class Exchange:
             PipelineError: it does not, since the receiver is gone.
         """
         if not message.is_local:
-            work, _ = self._outgoing.pop(message)
-            self._wait(message, work)
+            self._wait(message, self._outgoing.pop(message).work)
+
+    def end_step(self) -> None:
+        """Leave what has been sent and not been released to itself; everything was received."""
+        assert not self._incoming
+        assert not self._local
+        for sent in self._outgoing.values():
+            self._of_last_step[sent.message.edge].append(sent)
+        self._outgoing.clear()
 
     def flush(self) -> None:
-        """Wait until everything sent has arrived.
+        """Wait until everything sent in earlier steps has arrived.
 
         Raises:
             PipelineError: a receiver is gone.
         """
-        for message in tuple(self._outgoing):
-            self.release(message)
-        assert not self._incoming
-        assert not self._local
+        for edge in tuple(self._of_last_step):
+            self._settle(edge)
+
+    def _settle(self, edge: Edge) -> None:
+        """Wait for the last step's messages: their receivers end that step without this one."""
+        for sent in self._of_last_step.pop(edge, ()):
+            self._wait(sent.message, sent.work)
+
+    def _spec(self, message: Message) -> TensorSpec:
+        return self._activation(min(message.producer.stage, message.consumer.stage))
 
     def _wait(self, message: Message, work: dist.Work) -> None:
         try:
