@@ -55,7 +55,7 @@ class ParallelConfig:
         choices=("nccl", "gloo"),
     )
     distributed_timeout_minutes: float = flag(
-        "minutes after which a collective that does not complete ends the run",
+        "minutes that a rank waits for others before all say what they wait for and the run ends",
         default=10.0,
         bounds="(0, inf)",
     )
