@@ -1,4 +1,4 @@
-"""From a fresh process to its place among the ranks: device, process groups, seeds."""
+"""From a fresh process to its place among the ranks: device, process groups, watchdog, seeds."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.config import Config
 from megatron.errors import ConfigError
 from megatron.mpu import ParallelState, Topology, install
+from megatron.mpu.watchdog import group_timeout, start_watchdog, stop_watchdog
 
 _PR_SET_PDEATHSIG = 1  # in Linux' sys/prctl.h
 
@@ -72,11 +73,13 @@ def initialize(config: Config) -> ParallelState:
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     parallel, world = config.parallel, world_size()
-    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    limit = timedelta(minutes=parallel.distributed_timeout_minutes)
+    timeout = group_timeout(limit)
     if world > 1 and not dist.is_initialized():
         on_device = None if device.type == "cpu" else device
         backend = parallel.distributed_backend or dist.get_default_backend_for_device(device)
         dist.init_process_group(backend, timeout=timeout, device_id=on_device)
+        start_watchdog(own_rank(), limit, device)
     state = install(ParallelState.create(rank_grid(config, world), device=device, timeout=timeout))
     _seed_everything(config.train.seed)
     return state
@@ -105,7 +108,8 @@ def _seed_everything(seed: int) -> None:
 
 
 def finalize(state: ParallelState) -> None:
-    """Leaves the process groups."""
+    """Leaves the process groups, unwatched: the others may take their time to end."""
+    stop_watchdog()
     if dist.is_initialized():
         state.destroy()
         dist.destroy_process_group()

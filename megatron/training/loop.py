@@ -83,6 +83,7 @@ def _run(config: Config, task: Task, state: ParallelState) -> None:
             reporter.say(f"ending after iteration {trainer.iteration}: {reason}")
         else:
             _evaluate(trainer, datasets.test, reporter, "test")
+    trainer.finish()
 
 
 def _train(trainer: Trainer, datasets: Datasets, reporter: Reporter) -> str | None:

@@ -26,10 +26,10 @@ from megatron.monitor import Timers
 from megatron.mpu import ParallelState, ShardSpec
 from megatron.mpu.collectives import all_reduce, broadcast
 from megatron.optimizer import build_optimizer, build_schedule
-from megatron.pipeline.actions import Schedule
+from megatron.optimizer.optimizer import StepResult
 from megatron.pipeline.runtime import PipelineRuntime
-from megatron.pipeline.schedule import make_schedule
 from megatron.training.batch_ramp import BatchRamp
+from megatron.training.plan import Planner
 from megatron.training.task import Batch, Parts, Task
 
 
@@ -43,8 +43,7 @@ class Step:
         batch_size: samples of this step over all ranks.
         learning_rate: the rate of this step.
         parts: float64 [parts], this rank's share of the loss's parts; zeros before the last stage.
-        grad_norm: float64, norm of the whole gradient before clipping.
-        skipped: bool, whether the gradient was not finite and the weights were left alone.
+        update: what became of the weights.
     """
 
     iteration: int
@@ -52,8 +51,17 @@ class Step:
     batch_size: int
     learning_rate: float
     parts: Tensor
-    grad_norm: Tensor
-    skipped: Tensor
+    update: StepResult
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Norm of the whole gradient before clipping, float64; it may have to be waited for."""
+        return self.update.grad_norm
+
+    @property
+    def skipped(self) -> Tensor:
+        """Bool, whether the gradient was not finite and the weights were left alone."""
+        return self.update.skipped
 
 
 class Trainer:
@@ -68,18 +76,18 @@ class Trainer:
         self.ramp = BatchRamp.of(config.train, state.data.size)
         self.iteration = self.samples = 0
         self.timers = Timers(state.device)
-        schedule = self._plan(self.num_micro_batches(self.ramp.full))
         stages = task.stages(config)
-        own = schedule.stages_of(state.pipeline.rank)
+        self._plan = Planner(config.parallel, state, len(stages))
+        own = self._plan(1).stages_of(state.pipeline.rank)
         self.chunks = [task.build_model(config, state, stages[index]) for index in own]
         self.optimizer = build_optimizer(config, self.chunks, state)
         self.learning_rates = build_schedule(config, self.ramp.full)
         self._runtime = PipelineRuntime(
             self.chunks,
-            schedule,
+            self._plan,
             state,
             self._forward_step,
-            task.activation(config, state, stages[0]),
+            lambda index: task.activation(config, state, stages[index]),
         )
         self._totals = self._ones = torch.ones(
             len(task.loss_parts), dtype=torch.float64, device=state.device
@@ -88,6 +96,7 @@ class Trainer:
     @property
     def weights(self) -> Iterator[tuple[str, Tensor, ShardSpec]]:
         """Every parameter of this rank with the name it is stored under and its split."""
+        self.optimizer.finish_gather()
         for chunk in self.chunks:
             for parameter in chunk.parameters():
                 spec: ShardSpec = parameter.shard_spec  # type: ignore[attr-defined]
@@ -126,7 +135,7 @@ class Trainer:
         for chunk in self.chunks:
             chunk.train()
         gradients, section = self.optimizer.gradients, self.timers.section
-        with section("forward-backward"):
+        with section("forward-backward"), self._plan.observe(self._runtime):
             self._totals = self._count(batches).clamp(min=1)
             gradients.zero()
             parts = self._runtime.run(
@@ -138,7 +147,7 @@ class Trainer:
             gradients.finish()
         with section("optimizer"):
             learning_rate = self.learning_rates.rate(self.samples)
-            result = self.optimizer.step(learning_rate)
+            update = self.optimizer.step(learning_rate)
         batch_size = len(batches) * self.config.train.micro_batch_size * self.state.data.size
         self.iteration += 1
         self.samples += batch_size
@@ -148,8 +157,7 @@ class Trainer:
             batch_size,
             learning_rate,
             self._sum(parts),
-            result.grad_norm,
-            result.skipped,
+            update,
         )
 
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -158,6 +166,7 @@ class Trainer:
         The number of batches is a multiple of a whole step's, the same on every rank.
         A part of which nothing was counted is NaN. Every rank gets the result.
         """
+        self.optimizer.finish_gather()
         for chunk in self.chunks:
             chunk.eval()
         self._totals = self._ones
@@ -169,6 +178,11 @@ class Trainer:
             counts += self._count(taken)
         means = (self.over_ranks(sums) / counts).tolist()
         return dict(zip(self.task.loss_parts, means, strict=True))
+
+    def finish(self) -> None:
+        """Waits for what is still under way to other ranks, before the process groups are left."""
+        self.optimizer.finish_gather()
+        self._runtime.finish()
 
     def over_ranks(self, shares: Tensor) -> Tensor:
         """Adds up, in place and for all ranks, what the last stages of all replicas know."""
@@ -186,11 +200,6 @@ class Trainer:
             name: field if name in kept else field.to(device, non_blocking=True)
             for name, field in batch.items()
         }
-
-    def _plan(self, micro_batches: int) -> Schedule:
-        """The schedule of a step of so many micro-batches."""
-        name = self.config.parallel.schedule
-        return make_schedule(name, self.state.pipeline.size, micro_batches)
 
     def _forward_step(
         self, chunk: nn.Module, batch: Batch, micro_batch: int
