@@ -32,8 +32,7 @@ def rotations(
         positions = torch.arange(length, device=device).unsqueeze(1)
     else:
         positions = position_ids.t()
-    channels = int(model.head_size * model.rotary_percent)
-    return rotation(positions, channels, model.rotary_base, parameter_dtype(config))
+    return rotation(positions, model.rotary_channels, model.rotary_base, parameter_dtype(config))
 
 
 class RelativeBias(nn.Module):

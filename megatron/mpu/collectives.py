@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 
 from megatron.mpu import direct
-from megatron.mpu.direct import Pending
+from megatron.mpu.direct import Pending, wait_for
 from megatron.mpu.parallel_state import Axis
+from megatron.mpu.watchdog import waiting
 
 SUM = dist.ReduceOp.SUM
 MAX = dist.ReduceOp.MAX
@@ -26,23 +27,26 @@ MAX = dist.ReduceOp.MAX
 def all_reduce(tensor: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = SUM) -> torch.Tensor:
     """Reduce ``tensor`` over the axis in place and return it."""
     if axis.size > 1:
-        dist.all_reduce(tensor, op=op, group=axis.group)
+        with waiting(wait_for("an all-reduce", axis)):
+            dist.all_reduce(tensor, op=op, group=axis.group)
     return tensor
 
 
 def start_all_reduce(
     tensor: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = SUM
-) -> dist.Work | None:
-    """Begin to reduce ``tensor`` in place; None where there is nothing to wait for."""
+) -> Pending:
+    """Begin to reduce ``tensor`` in place."""
     if axis.size == 1:
-        return None
-    return dist.all_reduce(tensor, op=op, group=axis.group, async_op=True)
+        return Pending(tensor)
+    work = dist.all_reduce(tensor, op=op, group=axis.group, async_op=True)
+    return Pending(tensor, [work], what=wait_for("an all-reduce", axis))
 
 
 def broadcast(tensor: torch.Tensor, axis: Axis, source: int = 0) -> torch.Tensor:
     """Copy the tensor of the axis' ``source``-th rank to all of them, in place."""
     if axis.size > 1:
-        dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
+        with waiting(wait_for(f"a broadcast of rank {axis.ranks[source]}", axis)):
+            dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
     return tensor
 
 
@@ -60,7 +64,7 @@ def start_all_gather(tensor: torch.Tensor, axis: Axis, out: torch.Tensor | None 
     if direct.is_better(axis):
         return direct.start_all_gather(tensor, axis, out)
     work = dist.all_gather_into_tensor(out, tensor, group=axis.group, async_op=True)
-    return Pending(out, [work], held=tensor)
+    return Pending(out, [work], what=wait_for("an all-gather", axis), held=tensor)
 
 
 def start_reduce_scatter(
@@ -79,7 +83,7 @@ def start_reduce_scatter(
     if direct.is_better(axis):
         return direct.start_reduce_scatter(tensor, axis, out)
     work = dist.reduce_scatter_tensor(out, tensor, group=axis.group, async_op=True)
-    return Pending(out, [work], held=tensor)
+    return Pending(out, [work], what=wait_for("a reduce-scatter", axis), held=tensor)
 
 
 def all_gather(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:

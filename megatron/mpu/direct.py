@@ -13,12 +13,24 @@ import torch
 import torch.distributed as dist
 
 from megatron.mpu.parallel_state import Axis
+from megatron.mpu.watchdog import What, waiting
+
+
+def wait_for(what: str, axis: Axis) -> What:
+    """The sentence that says what this rank waits for, made when it is needed."""
+
+    def sentence() -> str:
+        ranks = ", ".join(map(str, axis.ranks))
+        return f"rank {axis.ranks[axis.rank]} waits for {what} over ranks {ranks}"
+
+    return sentence
 
 
 class Pending:
     """A collective under way.
 
-    ``held`` is kept alive until it is over; ``finish`` makes the result of what has arrived.
+    ``what`` names what this rank waits for; ``held`` is kept alive until it is over; ``finish``
+    makes the result of what has arrived.
     """
 
     def __init__(
@@ -26,18 +38,22 @@ class Pending:
         result: torch.Tensor,
         works: Sequence[dist.Work] = (),
         *,
+        what: What = "",
         held: object = None,
         finish: Callable[[], None] | None = None,
     ) -> None:
         self._result = result
         self._works = works
+        self._what = what
         self._held = held
         self._finish = finish
 
     def wait(self) -> torch.Tensor:
         """The result, once it is there; with NCCL the device's stream waits, not the host."""
-        for work in self._works:
-            work.wait()
+        if self._works:
+            with waiting(self._what):
+                for work in self._works:
+                    work.wait()
         if self._finish is not None:
             self._finish()
         self._works, self._held, self._finish = (), None, None
@@ -56,7 +72,7 @@ def start_all_gather(tensor: torch.Tensor, axis: Axis, out: torch.Tensor) -> Pen
     works = _exchange(axis, [tensor] * axis.size, list(pieces))
     if own.data_ptr() != tensor.data_ptr():
         own.copy_(tensor)
-    return Pending(out, works, held=tensor)
+    return Pending(out, works, what=wait_for("an all-gather", axis), held=tensor)
 
 
 def start_reduce_scatter(tensor: torch.Tensor, axis: Axis, out: torch.Tensor) -> Pending:
@@ -72,7 +88,8 @@ def start_reduce_scatter(tensor: torch.Tensor, axis: Axis, out: torch.Tensor) ->
             total += piece
         out.copy_(total)
 
-    return Pending(out, works, held=tensor, finish=add_up)
+    what = wait_for("a reduce-scatter", axis)
+    return Pending(out, works, what=what, held=tensor, finish=add_up)
 
 
 def _exchange(

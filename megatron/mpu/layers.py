@@ -137,14 +137,7 @@ def _start_input_gradient(
         return lambda: grad_input
     if ctx.split_sequence:
         return start_reduce_scatter(grad_input, ctx.grad_axis).wait
-    work = start_all_reduce(grad_input, ctx.grad_axis)
-
-    def finish() -> torch.Tensor:
-        if work is not None:
-            work.wait()
-        return grad_input
-
-    return finish
+    return start_all_reduce(grad_input, ctx.grad_axis).wait
 
 
 def linear(
