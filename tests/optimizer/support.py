@@ -18,6 +18,7 @@ from megatron.config import (
     ParallelConfig,
     TrainConfig,
 )
+from megatron.mpu.collectives import gather_from_tensor_region
 from megatron.mpu.init import create_parameter, normal, ones, zeros
 from megatron.mpu.layers import (
     ColumnParallelLinear,
@@ -35,7 +36,13 @@ SEED = 7
 
 
 def make_config(
-    *, fp16: bool = False, bf16: bool = False, bucket_size: int = 40_000_000, **optimizer: Any
+    *,
+    fp16: bool = False,
+    bf16: bool = False,
+    bucket_size: int = 40_000_000,
+    distributed: bool = False,
+    shard_gradients: bool = False,
+    **optimizer: Any,
 ) -> Config:
     """A configuration whose optimizer section is ``optimizer`` over the defaults."""
     return Config(
@@ -47,7 +54,11 @@ def make_config(
             fp16=fp16,
             bf16=bf16,
         ),
-        parallel=ParallelConfig(gradient_bucket_size=bucket_size),
+        parallel=ParallelConfig(
+            gradient_bucket_size=bucket_size,
+            use_distributed_optimizer=distributed,
+            shard_gradients=shard_gradients,
+        ),
         optimizer=OptimizerConfig(**{"lr": 0.01, **optimizer}),
         data=DataConfig(seq_length=8),
         train=TrainConfig(micro_batch_size=1, train_iters=10),
@@ -72,7 +83,8 @@ class Net(nn.Module):
         x = self.embedding(tokens)
         x = x + self.narrow(F.gelu(self.wide(x)))
         x = F.layer_norm(x, (HIDDEN,), self.norm_weight, self.norm_bias)
-        return parallel_lm_logits(x, self.embedding.weight, self.axis, None)
+        logits = parallel_lm_logits(x, self.embedding.weight, self.axis, None)
+        return gather_from_tensor_region(logits, self.axis)
 
 
 def plain_parameter(
