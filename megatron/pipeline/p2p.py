@@ -29,6 +29,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.mpu.parallel_state import ParallelState
+from megatron.mpu.watchdog import waiting
 from megatron.pipeline.actions import Kind
 from megatron.pipeline.messages import Edge, Message
 
@@ -86,12 +87,12 @@ class Exchange:
                 continue
             peer = self._global_rank(edge.target if here == edge.source else edge.source)
             exchange = dist.send if here == edge.source else dist.recv
+            words = f"rank {self._state.rank} waits to connect to rank {peer}"
             try:
-                exchange(token, peer, group=self._group(edge))
+                with waiting(words):
+                    exchange(token, peer, group=self._group(edge))
             except RuntimeError as error:
-                raise PipelineError(
-                    f"rank {self._state.rank} waits to connect to rank {peer}: {_cause(error)}"
-                ) from error
+                raise PipelineError(f"{words}: {_cause(error)}") from error
 
     def post(self, message: Message) -> None:
         """Open the receive of `message`."""
@@ -177,11 +178,13 @@ class Exchange:
 
     def _wait(self, message: Message, work: dist.Work) -> None:
         try:
-            work.wait()
+            with waiting(lambda: self._words(message)):
+                work.wait()
         except RuntimeError as error:
             raise self._failure(message, error) from error
 
-    def _failure(self, message: Message, error: RuntimeError) -> PipelineError:
+    def _words(self, message: Message) -> str:
+        """What this rank waits for when it waits for `message`."""
         edge = message.edge
         if self._state.pipeline.rank == edge.target:
             stage, wait = message.consumer.stage, f"receive {message} from"
@@ -189,9 +192,10 @@ class Exchange:
         else:
             stage, wait = message.producer.stage, f"send {message} to"
             peer = self._global_rank(edge.target)
-        return PipelineError(
-            f"rank {self._state.rank}, stage {stage}, waits to {wait} rank {peer}: {_cause(error)}"
-        )
+        return f"rank {self._state.rank}, stage {stage}, waits to {wait} rank {peer}"
+
+    def _failure(self, message: Message, error: RuntimeError) -> PipelineError:
+        return PipelineError(f"{self._words(message)}: {_cause(error)}")
 
     def _global_rank(self, place: int) -> int:
         return self._state.pipeline.ranks[place]

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 from datetime import timedelta
+from functools import partial
 from multiprocessing.queues import Queue
 
 import pytest
@@ -21,6 +22,10 @@ from megatron.pipeline.schedule import one_f_one_b
 from tests.distributed import distributed
 
 DEAD, MICRO_BATCH = 1, 2
+
+
+def spec(stage: int) -> TensorSpec:
+    return TensorSpec((4,), torch.float32)
 
 
 class Scale(nn.Module):
@@ -49,9 +54,8 @@ def run(state: ParallelState, fail_at: int | None) -> None:
         output = chunk(batch)
         return (output.sum(), {}) if state.rank == state.world_size - 1 else (output, {})
 
-    schedule = one_f_one_b(state.world_size, 6)
-    spec = TensorSpec((4,), torch.float32)
-    PipelineRuntime([Scale()], schedule, state, step, spec).run([torch.ones(4)] * 6)
+    runtime = PipelineRuntime([Scale()], partial(one_f_one_b, state.world_size), state, step, spec)
+    runtime.run([torch.ones(4)] * 6)
 
 
 def victim(rank: int, world_size: int, port: int, said: Queue[tuple[int, str]]) -> None:
@@ -98,8 +102,8 @@ def impatient_state() -> ParallelState:
 def test_a_rank_that_falls_silent_is_named_after_the_timeout() -> None:
     state = impatient_state()
     # Both ranks make the runtime, one of them does not run it.
-    schedule, spec = one_f_one_b(2, 1), TensorSpec((4,), torch.float32)
-    runtime = PipelineRuntime([Scale()], schedule, state, lambda *_: (torch.ones(4), {}), spec)
+    plan = partial(one_f_one_b, 2)
+    runtime = PipelineRuntime([Scale()], plan, state, lambda *_: (torch.ones(4), {}), spec)
     if state.rank == 1:
         words = "rank 1, stage 1, waits to receive the activation of micro-batch 0 from rank 0: "
         with pytest.raises(PipelineError, match=words):
@@ -111,9 +115,7 @@ def test_a_rank_that_falls_silent_is_named_after_the_timeout() -> None:
 def test_a_rank_that_does_not_come_is_named_when_the_pipeline_is_made() -> None:
     state = impatient_state()
     if state.rank == 1:
-        spec = TensorSpec((4,), torch.float32)
+        plan = partial(one_f_one_b, 2)
         with pytest.raises(PipelineError, match="rank 1 waits to connect to rank 0: "):
-            PipelineRuntime(
-                [Scale()], one_f_one_b(2, 1), state, lambda *_: (torch.ones(4), {}), spec
-            )
+            PipelineRuntime([Scale()], plan, state, lambda *_: (torch.ones(4), {}), spec)
     dist.barrier()
