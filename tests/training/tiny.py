@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -15,7 +16,12 @@ from megatron.config import (
     ParallelConfig,
     TrainConfig,
 )
+from megatron.training.bert import BertPretraining
+from megatron.training.gpt import GPTPretraining
+from megatron.training.t5 import T5Pretraining
 from megatron.training.task import Batch
+
+TASKS = {"bert": BertPretraining, "gpt": GPTPretraining, "t5": T5Pretraining}
 
 VOCABULARY, SEQUENCE, TARGET, MASKED = 50, 16, 8, 3
 
@@ -43,7 +49,7 @@ def tiny_config(
         model=ModelConfig(**network | (model or {})),
         parallel=ParallelConfig(use_cpu=True, **parallel or {}),
         optimizer=OptimizerConfig(lr=1e-2),
-        data=DataConfig(seq_length=SEQUENCE, decoder_seq_length=TARGET),
+        data=DataConfig(seq_length=SEQUENCE, decoder_seq_length=TARGET, num_workers=0),
         train=TrainConfig(**run | (train or {})),
     )
 
@@ -90,6 +96,19 @@ def random_samples(count: int, seed: int, model_type: str = "bert") -> list[Batc
 
     make = {"bert": bert, "gpt": gpt, "t5": t5}[model_type]
     return [make() for _ in range(count)]
+
+
+class Samples:
+    """Batches of one sample each as a dataset."""
+
+    def __init__(self, samples: list[Batch]) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> dict[str, npt.NDArray[Any]]:
+        return {name: field[0].numpy() for name, field in self._samples[index].items()}
 
 
 def micro_batches(samples: list[Batch], size: int) -> list[Batch]:
