@@ -22,6 +22,7 @@ FORMAT = 1
 
 # How the names of tensors begin that are no weights of the model.
 OPTIMIZER = "optimizer."
+MASTER = "optimizer.master."
 RANDOM = "random."
 
 

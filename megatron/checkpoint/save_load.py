@@ -41,6 +41,7 @@ from megatron.checkpoint.directory import aside_path, begin, commit, latest_iter
 from megatron.checkpoint.reader import (
     CONFIG_FILE,
     FORMAT,
+    MASTER,
     RANDOM,
     RUN_STATE_FILE,
     TOKENIZER_DIRECTORY,
@@ -125,8 +126,10 @@ def load_checkpoint(
     checkpoint = _together(lambda: Checkpoint.open(directory), state)
     own = [key for key in wanted if is_weight(key)]
     weights = set(chain.from_iterable(_gather(own, state.model.size, state.model.group)))
-    _together(lambda: _check(checkpoint, wanted, weights, config), state)
-    _together(lambda: checkpoint.stored.load(wanted), state)
+    sources = _sources(wanted, checkpoint.stored)
+    shapes = {sources[key]: tuple(tensor.shape) for key, tensor in wanted.items()}
+    _together(lambda: _check(checkpoint, shapes, weights, config), state)
+    _together(lambda: _load(checkpoint.stored, wanted, sources), state)
     if train.finetune:
         return {}
     if not train.no_load_rng:
@@ -218,11 +221,33 @@ def _finish(
     commit(directory, iteration)
 
 
+def _sources(wanted: Mapping[str, GlobalTensor], stored: StoredTensors) -> dict[str, str]:
+    """Under which name each wanted tensor is stored, most under their own.
+
+    In half precision a weight is its master's rounded copy. A run in float32 goes on from the
+    master, and a run in half precision takes a float32 weight as its master.
+    """
+    sources, types = {key: key for key in wanted}, stored.dtypes
+    for key, tensor in wanted.items():
+        master, weight = MASTER + key, key.removeprefix(MASTER)
+        if key not in types:
+            sources[key] = weight if weight in types else key
+        elif master in types and tensor.dtype.itemsize > types[key].itemsize:
+            sources[key] = master
+    return sources
+
+
+def _load(
+    stored: StoredTensors, wanted: Mapping[str, GlobalTensor], sources: Mapping[str, str]
+) -> None:
+    stored.load({key: tensor for key, tensor in wanted.items() if sources[key] == key})
+    stored.load({sources[key]: t for key, t in wanted.items() if sources[key] != key})
+
+
 def _check(
-    checkpoint: Checkpoint, wanted: Mapping[str, GlobalTensor], weights: set[str], config: Config
+    checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], weights: set[str], config: Config
 ) -> None:
     """Raise a CheckpointError with all that makes the checkpoint one of another model."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
     problems = differences(checkpoint, config.model, shapes, weights)
     if problems:
         raise CheckpointError(problems)
