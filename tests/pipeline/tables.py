@@ -1,8 +1,11 @@
-"""Schedules to test with that no generator makes: valid ones drawn at random, of any placement."""
+"""Schedules to test with: made by every generator, and valid ones of any placement at random."""
 
 import random
 
+from hypothesis import strategies as st
+
 from megatron.pipeline.actions import Action, Kind, Schedule
+from megatron.pipeline.schedule import SCHEDULES, make_schedule
 
 # One stage per rank, interleaved virtual stages, stages in the shape of a V, one rank.
 PLACEMENTS = ((0, 1), (0, 1, 2, 3), (0, 1, 0, 1), (0, 1, 2, 0, 1, 2), (0, 1, 2, 2, 1, 0), (0, 0))
@@ -34,3 +37,12 @@ def random_schedule(placement: tuple[int, ...], micro_batches: int, seed: int) -
         ranks[placement[action.stage]].append(action)
         done.add(action)
     return Schedule(tuple(map(tuple, ranks)), placement)
+
+
+@st.composite
+def made_schedules(draw: st.DrawFn, ranks: int, micro_batches: int) -> Schedule:
+    """A schedule of any name for at most so many ranks and micro-batches."""
+    name = draw(st.sampled_from(SCHEDULES))
+    virtual = draw(st.integers(1, 3)) if name == "interleaved" else 1
+    sizes = draw(st.integers(1, ranks)), draw(st.integers(1, micro_batches))
+    return make_schedule(name, *sizes, virtual=virtual)

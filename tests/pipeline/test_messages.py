@@ -17,12 +17,10 @@ from megatron.pipeline.messages import (
     edges,
 )
 from megatron.pipeline.schedule import SCHEDULES, make_schedule
-from tests.pipeline.tables import PLACEMENTS, random_schedule
+from tests.pipeline.tables import PLACEMENTS, made_schedules, random_schedule
 
 FEW = settings(max_examples=300, deadline=None, derandomize=True)
-MADE = st.builds(
-    make_schedule, st.sampled_from(sorted(SCHEDULES)), st.integers(1, 6), st.integers(1, 8)
-)
+MADE = made_schedules(6, 8)
 DRAWN = st.builds(
     random_schedule, st.sampled_from(PLACEMENTS), st.integers(1, 4), st.integers(0, 10**6)
 )

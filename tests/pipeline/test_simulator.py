@@ -16,24 +16,6 @@ TABLES = st.builds(
 COSTS = st.tuples(*(st.floats(0, 10) for _ in range(4)))  # as in Costs
 
 
-@pytest.mark.parametrize(
-    ("stages", "micro_batches", "costs", "bubble"),
-    [  # arXiv 2401.10241 Table 9: T_F, T_B, T_W, T_comm in milliseconds
-        (8, 24, (18.522, 18.086, 9.337, 0.601), 0.2431),
-        (8, 64, (18.546, 18.097, 9.321, 0.762), 0.1240),
-        (8, 24, (29.718, 29.444, 19.927, 0.527), 0.2347),
-        (8, 64, (29.935, 29.621, 19.388, 0.535), 0.1091),
-        (16, 48, (11.347, 11.248, 8.132, 0.377), 0.2552),
-    ],
-)
-def test_1f1b_has_the_published_bubble(
-    stages: int, micro_batches: int, costs: tuple[float, ...], bubble: float
-) -> None:
-    found = simulate(one_f_one_b(stages, micro_batches), Costs(*costs))
-    assert found.bubble == pytest.approx(bubble, abs=5e-5)
-    assert found.bubble == pytest.approx(1 - micro_batches * sum(costs[:3]) / found.cost)
-
-
 def test_a_worked_example() -> None:
     """Two stages, two micro-batches, forward 1, backward 2 in halves, messages 0.5."""
     found = simulate(one_f_one_b(2, 2), Costs(1, 1, 1, 0.5))
@@ -59,6 +41,12 @@ def test_a_split_backward_holds_its_activation_until_the_weight_gradient() -> No
     assert found.cost == 3 * (1 + 2 + 4)
     assert found.peak_activations == (2,)
     assert simulate(parse_schedule("0F0 0B0 0F1 0W0 0B1 0W1"), Costs(1, 1)).peak_activations == (2,)
+
+
+def test_what_a_split_backward_retains_may_be_a_share() -> None:
+    schedule = parse_schedule("0F0 0B0 0F1 0B1 0F2 0W0 0W1 0B2 0W2")
+    peaks = [simulate(schedule, Costs(1, 1, 1, retained=r)).peak_activations for r in (0, 0.4, 1)]
+    assert peaks == [(1,), (1.8,), (3,)]
 
 
 def test_costs_may_differ_between_stages() -> None:
@@ -130,6 +118,7 @@ def test_a_deadlock_is_reported() -> None:
     [
         (Costs((1, 2, 3), 1), "forward costs of 3 stages given, expected 2"),
         (Costs(1, 1, communication=-1), "communication cost must not be negative, found -1"),
+        (Costs(1, 1, retained=1.5), "retained must be from 0 to 1, found 1.5"),
     ],
 )
 def test_costs_that_do_not_fit_are_refused(costs: Costs, problem: str) -> None:
