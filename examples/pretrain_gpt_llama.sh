@@ -30,8 +30,8 @@ SHAPE=(
     --hidden-dropout 0 --attention-dropout 0
 )
 TRAINING=(
-    --seq-length 128 --max-position-embeddings 128 --micro-batch-size 4 --global-batch-size 32
-    --train-iters 1000 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-fraction 0.05
+    --seq-length 128 --max-position-embeddings 128 --micro-batch-size 2 --global-batch-size 16
+    --train-iters 600 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-fraction 0.05
     --adam-beta2 0.95 --weight-decay 0.1 --init-method-std 0.05
     --log-interval 20 --eval-interval 200 --eval-iters 8 --split 90,5,5
 )
