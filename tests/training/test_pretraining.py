@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +15,17 @@ import pretrain_bert
 import pretrain_gpt
 import pretrain_t5
 from megatron.checkpoint.reader import Checkpoint
+from megatron.config import Config
 from megatron.monitor import read_metrics
+from megatron.training import (
+    BertPretraining,
+    GPTPretraining,
+    SampleCounts,
+    T5Pretraining,
+    Task,
+    open_for_evaluation,
+)
+from megatron.training.batches import evaluation_batches
 from tests.training.command import Command
 from tests.training.corpus import Corpus
 
@@ -25,13 +35,15 @@ class Kind:
     """A program and the flags by which it trains on the corpus of these tests."""
 
     program: ModuleType
+    task: Callable[[Config], Task]
     flags: Mapping[str, object]
 
 
 KINDS = {
-    "bert": Kind(pretrain_bert, {}),
+    "bert": Kind(pretrain_bert, BertPretraining, {}),
     "gpt": Kind(
         pretrain_gpt,
+        GPTPretraining,
         {
             "tokenizer_type": "BertWordPieceLowerCase",
             "reset_position_ids": True,
@@ -41,6 +53,7 @@ KINDS = {
     ),
     "llama": Kind(
         pretrain_gpt,
+        GPTPretraining,
         {
             "tokenizer_type": "BertWordPieceLowerCase",
             "position_embedding_type": "rope",
@@ -51,7 +64,7 @@ KINDS = {
             "untie_embeddings_and_output_weights": True,
         },
     ),
-    "t5": Kind(pretrain_t5, {"vocab_extra_ids": 10, "decoder_seq_length": 8}),
+    "t5": Kind(pretrain_t5, T5Pretraining, {"vocab_extra_ids": 10, "decoder_seq_length": 8}),
 }
 RAMP = {
     "train_iters": None,
@@ -101,6 +114,20 @@ def test_a_run_learns_and_reports_the_perplexity_of_what_it_has_not_seen(
     perplexities = [math.exp(loss) for loss in held_out]
     assert _column(metrics, "validation_perplexity") == pytest.approx(perplexities)
     assert f"validation perplexity {perplexities[1]:.4f}" in command.out
+
+
+def test_what_was_saved_evaluates_to_what_was_reported(
+    kind: Kind, command: Command, corpus: Corpus, tmp_path: Path
+) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    flags = {**kind.flags, **RAMP, "save": tmp_path / "run", "metrics_file": metrics}
+    assert command(corpus.flags(**flags)) == 0, command.err
+    trainer = open_for_evaluation(tmp_path / "run", kind.task)
+    counts = SampleCounts(train=0, validation=0, test=16)  # two evaluation steps of eight samples
+    dataset = trainer.task.datasets(trainer.config, counts, print).test
+    assert dataset is not None
+    found = trainer.evaluate(evaluation_batches(trainer, dataset))
+    assert found["lm_loss"] == pytest.approx(_column(metrics, "test_lm_loss")[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("ramp", [{}, RAMP], ids=["constant", "ramp"])
