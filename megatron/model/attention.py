@@ -70,7 +70,9 @@ class ParallelAttention(nn.Module):
             self.query_key_value = column(width + 2 * kv_width, "query_key_value")
             with_keys = self.query_key_value
         # A turned key's bias differs between positions, and then the softmax sees it.
-        if with_keys.bias is not None and model.position_embedding_type != "rope":
+        is_turned = model.position_embedding_type == "rope" and not cross
+        self.turned_channels = model.rotary_channels if is_turned else 0
+        if with_keys.bias is not None and self.turned_channels < self.head_size:
             with_keys.bias.register_hook(self._without_key_part)
         self.dense = RowParallelLinear(
             width,
@@ -84,14 +86,14 @@ class ParallelAttention(nn.Module):
         )
 
     def _without_key_part(self, bias_gradient: torch.Tensor) -> torch.Tensor:
-        """The gradient of the bias with that of the keys' bias set to zero.
+        """The gradient of the bias with that of the keys' bias set to zero, where it is not turned.
 
         It adds the same number to all scores of a query, and the softmax does not see that: the
         gradient is zero but for rounding, from which Adam would make full steps at random.
         """
         gradient = bias_gradient.clone()
         heads = 2 if hasattr(self, "key_value") else self.shared + 2
-        gradient.view(-1, heads, self.head_size)[:, -2] = 0.0
+        gradient.view(-1, heads, self.head_size)[:, -2, self.turned_channels :] = 0.0
         return gradient
 
     def forward(

@@ -269,3 +269,12 @@ def test_the_softmax_in_float32_is_closer() -> None:
         core = model.language_model.encoder.layers[0].self_attention.core
         errors.append((core(query, key, value, mask).double() - expected).norm().item())
     assert errors[0] < errors[1]
+
+
+def test_a_keys_bias_gets_no_gradient_by_rounding_where_it_is_not_turned() -> None:
+    model = _whole(_config(position_embedding_type="rope", rotary_percent=0.5))
+    model(_ids(), labels=_ids()).sum().backward()
+    for layer in model.language_model.encoder.layers:
+        query, key, value = layer.self_attention.query_key_value.bias.grad.view(4, 3, 8).unbind(1)
+        assert (key[:, 4:] == 0).all()
+        assert all((part != 0).all() for part in (query, key[:, :4], value))

@@ -172,3 +172,11 @@ def test_recomputation_is_bitwise_equal() -> None:
     for found in results[1:]:
         for one, other in zip(found, results[0], strict=True):
             assert torch.equal(one, other)
+
+
+def test_across_keys_are_not_turned_and_their_bias_gets_no_gradient_by_rounding() -> None:
+    model = _whole(_config(position_embedding_type="rope"))
+    model(**_inputs(), lm_labels=_inputs()["decoder_input_ids"]).sum().backward()
+    for layer in model.language_model.decoder.layers:
+        key, value = layer.inter_attention.key_value.bias.grad.view(4, 2, 8).unbind(1)
+        assert (key == 0).all() and (value != 0).all()
