@@ -8,16 +8,18 @@ then fills in `p - 1` passes of a chunk, each `1 / v` of a stage's, and the bubb
 Rank `r` runs `2 (p - r - 1) + (v - 1) p` forward passes and then forward and backward in turn. It
 holds one more than that, `p v + p - 1` on the first rank, counted in passes of a chunk.
 
-**Any number of micro-batches.** The table is made for the next multiple of `p`, and the passes of
-the micro-batches that do not exist are taken out. What is left keeps its order, so it deadlocks as
-little and holds no more.
+**Any number of micro-batches.** A table for the next multiple of `p` serves for fewer: the passes
+of the micro-batches that do not exist are taken out. What is left keeps its order, so it deadlocks
+as little and holds no more. It is not the fastest, since ranks then wait for the small last group.
+Somewhat larger groups, which share the surplus, mostly leave no more than the bubble of full ones.
 
 **Messages that take time** make a group come round late: `p` passes take `p F / v`, the way round
 `p (F / v + communication)`. In the steady state that does not matter, but while the pipeline fills
 and drains ranks wait. A first and a last group that are larger by as many micro-batches as close
-the gap avoid it. So with costs given, tables with such groups are played out too
-(`megatron.pipeline.list_scheduler`) and the best is taken. All ranks may then hold the
-`p v + p - 1` that the first rank holds anyway.
+the gap avoid it.
+
+Tables with other groups are played out (`megatron.pipeline.list_scheduler`) and the fastest is
+taken. All ranks may then hold the `p v + p - 1` that the first rank holds anyway.
 
 This file imports no torch.
 """
@@ -42,23 +44,22 @@ def interleaved(
         ranks: length of the pipeline.
         micro_batches: of a step, any number.
         virtual: chunks per rank.
-        costs: of one chunk; where messages cost something, the groups are fitted to that.
+        costs: of one chunk, to choose the groups by; 1, 1, 1 and free messages by default.
 
     Raises:
         ValueError: there is no rank, chunk or micro-batch, or the costs do not fit the stages.
     """
-    rounds = ceil(micro_batches / ranks)
-    usual = _in_turns(ranks, micro_batches, virtual, rounds)
-    if costs is None:
-        return usual
+    costs = costs or Costs(1, 1, 1)
     per_stage = costs.per_stage(ranks * virtual)
-    best, least = usual, simulate(usual, costs).cost
-    if ranks == 1 or rounds < 2 or not any(per_stage.communication):
+    best = _in_turns(ranks, micro_batches, virtual)
+    others = _other_groups(ranks, micro_batches, per_stage)
+    if not others:
         return best
+    least = simulate(best, costs).cost
     limits = [ranks * virtual + ranks - 1] * ranks
-    for sizes in _fitted_groups(ranks, micro_batches, per_stage):
+    for sizes in others:
         orders = Orders(
-            usual.placement,
+            best.placement,
             tuple(_order(rank, ranks, range(virtual), sizes) for rank in range(ranks)),
             tuple(_order(rank, ranks, range(virtual)[::-1], sizes) for rank in range(ranks)),
             split=False,
@@ -69,9 +70,9 @@ def interleaved(
     return best
 
 
-def _in_turns(ranks: int, micro_batches: int, virtual: int, rounds: int) -> Schedule:
+def _in_turns(ranks: int, micro_batches: int, virtual: int) -> Schedule:
     """The table of full groups without the micro-batches that do not exist."""
-    sizes = [ranks] * rounds
+    sizes = [ranks] * ceil(micro_batches / ranks)
     tables = []
     for rank in range(ranks):
         forward, backward = (
@@ -99,18 +100,33 @@ def _order(rank: int, ranks: int, chunks: Sequence[int], sizes: Sequence[int]) -
     return order
 
 
-def _fitted_groups(ranks: int, micro_batches: int, costs: PerStage) -> list[list[int]]:
-    """Sizes of groups of which the first or the last closes the gap that messages leave."""
-    way = ranks * max(costs.communication)
-    forward = ceil(way / min(costs.forward)) if min(costs.forward) else 0
-    backward = min(b + w for b, w in zip(costs.backward, costs.weight, strict=True))
-    options = ((forward, ceil(way / backward) if backward else 0), (forward, 0), (0, forward))
+def _other_groups(ranks: int, micro_batches: int, costs: PerStage) -> list[list[int]]:
+    """Sizes of groups that may do better than full ones."""
+    count, rest = divmod(micro_batches, ranks)
+    if ranks == 1 or count == 0:
+        return []
     found = []
-    for first, last in dict.fromkeys((*options, (1, 1), (1, 0), (0, 1))):
+    if rest:
+        more, larger = divmod(rest, count)
+        found.append([ranks + more + (i < larger) for i in range(count)])
+        found.append([rest] + [ranks] * count)
+    for first, last in _surplus(ranks, costs):
         between = micro_batches - 2 * ranks - first - last
         if first <= ranks and last <= ranks and between >= 0:
-            full, rest = divmod(between, ranks)
+            full, left = divmod(between, ranks)
             # What is left over comes early: a small group further on would come round too soon.
-            middle = [rest] * (rest > 0) + [ranks] * full
+            middle = [left] * (left > 0) + [ranks] * full
             found.append([ranks + first, *middle, ranks + last])
     return found
+
+
+def _surplus(ranks: int, costs: PerStage) -> list[tuple[int, int]]:
+    """By how much larger a first and a last group may close the gap that messages leave."""
+    if not any(costs.communication):
+        return []
+    way = ranks * max(costs.communication)
+    forward = min(costs.forward)
+    backward = min(b + w for b, w in zip(costs.backward, costs.weight, strict=True))
+    first = ceil(way / forward) if forward else 0
+    last = ceil(way / backward) if backward else 0
+    return list(dict.fromkeys(((first, last), (first, 0), (0, first), (1, 1), (1, 0), (0, 1))))
