@@ -124,3 +124,37 @@ def test_a_mistake_of_one_rank_ends_them_all_with_its_message_alone(
     text = output.read_text()
     assert text.count("error: ") == 1 and "error: [rank 2] sample 6 is torn" in text
     assert text.count("Traceback") == 1  # the launcher's own, about a failed rank
+
+
+HANGING = """
+import time
+from megatron.arguments import parse_config
+from megatron.errors import run_command
+from megatron.training import BertPretraining, pretrain
+from megatron.training.initialize import own_rank
+
+class HangsOnRankTwo(BertPretraining):
+    counted = 0
+
+    def denominators(self, batch):
+        self.counted += 1
+        if own_rank() == 2 and self.counted == 4:
+            time.sleep(3600)
+        return super().denominators(batch)
+
+run_command(lambda: pretrain(parse_config(prog="hanging.py"), HangsOnRankTwo))
+"""
+
+
+def test_a_rank_that_hangs_ends_the_run_and_all_say_what_they_wait_for(
+    corpus: Corpus, tmp_path: Path
+) -> None:
+    script, output = tmp_path / "hanging.py", tmp_path / "output.txt"
+    script.write_text(HANGING)
+    limit = {"eval_iters": 0, "distributed_timeout_minutes": 0.2}
+    flags = corpus.flags(**LAYOUT, tokenizer_type="BertWordPieceLowerCase", **limit)
+    assert _start(script, flags, output).wait(LIMIT_SECONDS) != 0
+    text = output.read_text()
+    receives = "rank 0, stage 0, waits to receive the gradient of micro-batch 0 from rank 2; "
+    assert receives in text, text
+    assert f"rank 2 waits for no other rank; it is in denominators, {script} line 14" in text, text
