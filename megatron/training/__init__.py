@@ -1,7 +1,8 @@
 """The loop that wires everything: training, evaluation, reports, checkpoints.
 
 Read in this order: `loop` (the course of a run), `trainer` (one step of it), `task` (what a kind of
-pretraining brings), `gpt` (one such kind).
+pretraining brings), `gpt` (one such kind); then `plan` (which pipeline schedule) and `batch_ramp`
+(how large a step).
 """
 
 from megatron.training.bert import BertPretraining

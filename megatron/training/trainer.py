@@ -9,7 +9,7 @@ A step:
 
 Since the counts are known before the first forward pass, the loss is a mean over the global batch,
 however that is cut into micro-batches and spread over ranks. No step makes the host wait for an
-accelerator.
+accelerator, but for the first few of a zb-2p that has to be measured (`plan`).
 """
 
 from __future__ import annotations
