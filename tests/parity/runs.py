@@ -1,188 +1,265 @@
-"""Short trainings of a small BERT on any layout, reported as whole tensors by global name."""
+"""Short trainings of small networks on any layout, recorded as whole tensors by global name."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron.config import (
-    Config,
-    DataConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ParallelConfig,
-    TrainConfig,
-)
-from megatron.mpu import ParallelState, ShardSpec, Topology
-from megatron.training.bert import BertPretraining
+from megatron.config import Config, all_flags
+from megatron.mpu import ParallelState
+from megatron.training.initialize import rank_grid
 from megatron.training.task import Batch
 from megatron.training.trainer import Trainer
 from tests.distributed import run_distributed
+from tools.parity.comparison import Row, Tolerances, compare
+from tools.parity.recording import RankRecord, Recording, assemble, record
+from tools.parity.samples import own_micro_batches, synthetic_samples
+from tools.parity.tasks import TASKS
 
-SEQUENCE, MASKED = 12, 3
 STEPS = 10
+TOLERANCES = {"fp64": Tolerances(*[1e-11] * 4), "fp32": Tolerances(*[1e-5] * 4)}
+
+BASE: dict[str, Any] = {
+    "num_layers": 5,
+    "hidden_size": 32,
+    "num_attention_heads": 8,
+    "seq_length": 24,
+    "max_position_embeddings": 24,
+    # Divisible by no tensor size, as the layers are by no number of stages.
+    "vocab_size": 101,
+    "make_vocab_size_divisible_by": 8,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "fp64": True,
+    "use_cpu": True,
+    "gradient_bucket_size": 3000,
+    "micro_batch_size": 2,
+    "global_batch_size": 8,
+    "train_iters": STEPS,
+    "lr": 1e-3,
+    "lr_warmup_iters": 3,
+}
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "bert, one head": {
+        "num_layers": 4,
+        "hidden_size": 48,
+        "num_attention_heads": 12,
+        "bert_no_binary_head": True,
+        "openai_gelu": True,
+        "apply_residual_connection_post_layernorm": True,
+    },
+    "gpt": {"model_type": "gpt"},
+    "gpt, documents": {
+        "model_type": "gpt",
+        "num_layers": 4,
+        "num_attention_heads": 6,
+        "hidden_size": 24,
+        "reset_position_ids": True,
+        "reset_attention_mask": True,
+        "eod_mask_loss": True,
+    },
+    "llama": {
+        "model_type": "gpt",
+        "num_layers": 6,
+        "num_query_groups": 4,
+        "position_embedding_type": "rope",
+        "normalization": "RMSNorm",
+        "swiglu": True,
+        "ffn_hidden_size": 96,
+        "disable_bias_linear": True,
+        "untie_embeddings_and_output_weights": True,
+    },
+    "llama, documents": {
+        "model_type": "gpt",
+        "num_layers": 4,
+        "num_attention_heads": 12,
+        "hidden_size": 48,
+        "num_query_groups": 6,
+        "position_embedding_type": "rope",
+        "rotary_percent": 0.5,
+        "normalization": "RMSNorm",
+        "geglu": True,
+        "ffn_hidden_size": 96,
+        "reset_position_ids": True,
+        "reset_attention_mask": True,
+    },
+    "t5": {
+        "model_type": "t5",
+        "num_layers": 3,
+        "decoder_num_layers": 2,
+        "decoder_seq_length": 16,
+        "vocab_extra_ids": 5,
+    },
+    "t5, relative": {
+        "model_type": "t5",
+        "num_layers": 2,
+        "decoder_num_layers": 3,
+        "hidden_size": 24,
+        "num_attention_heads": 6,
+        "decoder_seq_length": 12,
+        "vocab_extra_ids": 5,
+        "position_embedding_type": "relative",
+        "relative_attention_num_buckets": 8,
+        "relative_attention_max_distance": 20,
+        "normalization": "RMSNorm",
+        "geglu": True,
+        "ffn_hidden_size": 48,
+        "disable_bias_linear": True,
+        "untie_embeddings_and_output_weights": True,
+    },
+    "t5, rotary": {
+        "model_type": "t5",
+        "num_layers": 2,
+        "decoder_num_layers": 2,
+        "num_query_groups": 4,
+        "vocab_extra_ids": 5,
+        "position_embedding_type": "rope",
+        "swiglu": True,
+        "ffn_hidden_size": 64,
+    },
+}
+
+OF_THE_TRAINING = (
+    "fp64",
+    "clip_grad",
+    "global_batch_size",
+    "rampup_batch_size",
+    "train_iters",
+    "train_samples",
+    "lr_warmup_iters",
+    "lr_warmup_samples",
+    "seed",
+)
+"""Flags that decide what is computed; all others of a case only say how."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a batch and the layout to train them on.
+    """A network of `NETWORKS`, and the flags and the number of ranks to train it with."""
 
-    The vocabulary is divisible by no tensor size, the layers by no number of stages.
-    """
+    network: str = "bert"
+    ranks: int = 1
+    flags: tuple[tuple[str, Any], ...] = ()
 
-    tensor: int = 1
-    pipeline: int = 1
-    data: int = 1
-    micro_batch: int = 2
-    global_batch: int = 8
-    layers: tuple[int, ...] = (5,)
-    precision: str = "fp64"
-    schedule: str = "1f1b"
-    seed: int = 1234
+    @classmethod
+    def of(cls, network: str = "bert", ranks: int = 1, **flags: Any) -> Case:
+        """The case with these flags in place of the base's."""
+        return cls(network, ranks, tuple(sorted(flags.items())))
 
-    @property
-    def world_size(self) -> int:
-        """Number of processes."""
-        return self.tensor * self.pipeline * self.data
+    def with_flags(self, **flags: Any) -> Case:
+        """This case with some flags set otherwise."""
+        return Case.of(self.network, self.ranks, **dict(self.flags) | flags)
 
     def config(self) -> Config:
         """The run's configuration."""
-        return Config(
-            model=ModelConfig(
-                num_layers=sum(self.layers),
-                hidden_size=32,
-                num_attention_heads=4,
-                max_position_embeddings=SEQUENCE,
-                vocab_size=101,
-                make_vocab_size_divisible_by=8,
-                hidden_dropout=0.0,
-                attention_dropout=0.0,
-                fp64=self.precision == "fp64",
-            ),
-            parallel=ParallelConfig(
-                use_cpu=True,
-                tensor_model_parallel_size=self.tensor,
-                pipeline_model_parallel_size=self.pipeline,
-                pipeline_layers=self.layers,
-                pipeline_schedule=self.schedule,
-                gradient_bucket_size=3000,
-            ),
-            # The norm of the gradient is above 1 at first: clipping is at work.
-            optimizer=OptimizerConfig(lr=1e-3, lr_warmup_iters=3, lr_decay_iters=STEPS),
-            data=DataConfig(seq_length=SEQUENCE),
-            train=TrainConfig(
-                micro_batch_size=self.micro_batch,
-                global_batch_size=self.global_batch,
-                train_iters=STEPS,
-                seed=self.seed,
-            ),
-        )
+        return Config.from_flags(BASE | NETWORKS[self.network] | dict(self.flags))
+
+    @property
+    def precision(self) -> str:
+        """The number format by its flag."""
+        return "fp64" if self.config().model.fp64 else "fp32"
+
+    def on_one_process(self) -> Case:
+        """The same training in one process, with nothing parallel, shared out or recomputed."""
+        flags = {name: value for name, value in self.flags if name in OF_THE_TRAINING}
+        train = self.config().train
+        sizes = (train.global_batch(self.data_size), *(train.rampup_batch_size or ())[:2])
+        return Case.of(self.network, **flags | {"micro_batch_size": math.gcd(*sizes)})
+
+    @property
+    def data_size(self) -> int:
+        """Replicas of the model."""
+        return self.config().parallel.data_parallel_size(self.ranks)
+
+    def __str__(self) -> str:
+        defaults = {name: flag.default for name, flag in all_flags().items()} | BASE
+        words = [
+            f"{_SHORT.get(name, name)}={_text(value)}"
+            for name, value in self.flags
+            if value != defaults[name]
+        ]
+        return f"{self.network}: {self.ranks} ranks, {' '.join(words)}"
 
 
-@dataclass(frozen=True)
-class Result:
-    """What a training came to: loss parts by step, gradient norms by step, final weights."""
-
-    losses: torch.Tensor
-    norms: torch.Tensor
-    weights: dict[str, torch.Tensor]
-
-
-def samples(count: int, seed: int) -> list[Batch]:
-    """Single samples of different lengths, with 0 to MASKED masked tokens each."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(high: int, *shape: int) -> torch.Tensor:
-        return torch.randint(high, shape, generator=generator)
-
-    return [
-        {
-            # Not 0: transformers gives the padding token's row no gradient.
-            "input_ids": 1 + draw(100, SEQUENCE),
-            "tokentype_ids": draw(2, SEQUENCE),
-            "attention_mask": torch.arange(SEQUENCE) <= draw(SEQUENCE, 1),
-            "masked_positions": draw(SEQUENCE, MASKED),
-            "masked_labels": draw(101, MASKED),
-            "masked_weights": (torch.arange(MASKED) < draw(MASKED + 1, 1)).float(),
-            "is_random": draw(2, 1)[0],
-        }
-        for _ in range(count)
-    ]
+_SHORT = {
+    "tensor_model_parallel_size": "tensor",
+    "pipeline_model_parallel_size": "pipeline",
+    "pipeline_model_parallel_split_rank": "split",
+    "num_layers_per_virtual_pipeline_stage": "virtual_layers",
+    "pipeline_layers": "layers",
+    "pipeline_schedule": "schedule",
+    "pipeline_costs": "costs",
+    "micro_batch_size": "micro",
+    "global_batch_size": "global",
+    "rampup_batch_size": "ramp",
+    "gradient_bucket_size": "bucket",
+}
 
 
-def own_batches(case: Case, step: int, data_rank: int) -> list[Batch]:
-    """The micro-batches of one data-parallel rank in one step."""
-    whole = samples(case.global_batch, seed=1000 * case.seed + step)
-    share = case.global_batch // case.data
-    mine = whole[data_rank * share : (data_rank + 1) * share]
-    groups = [mine[i : i + case.micro_batch] for i in range(0, share, case.micro_batch)]
-    return [{k: torch.stack([one[k] for one in group]) for k in group[0]} for group in groups]
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
-def train(case: Case) -> Result:
-    """Train on the case's layout; in this process where it is a single rank."""
-    if case.world_size == 1:
+def own_batches(case: Case, step: int, size: int, data_rank: int) -> list[Batch]:
+    """The micro-batches of one data-parallel rank in one step of ``size`` samples."""
+    config = case.config()
+    samples = synthetic_samples(config, size, seed=1000 * config.train.seed + step)
+    return own_micro_batches(config, samples, data_rank, case.data_size)
+
+
+def new_trainer(case: Case) -> Trainer:
+    """The trainer of this rank; its process groups must be there."""
+    config = case.config()
+    alone = case.ranks == 1
+    state = ParallelState.single() if alone else ParallelState.create(rank_grid(config, case.ranks))
+    return Trainer(config, TASKS[config.model.model_type](config), state)
+
+
+def train(case: Case) -> Recording:
+    """Train on the case's layout; in this process where it is a single rank.
+
+    Copies of the same numbers on several ranks must be bitwise the same.
+    """
+    if case.ranks == 1:
         ranks = [_train_rank(case)]
     else:
-        ranks = run_distributed(case.world_size, _train_rank, case)
-    losses, norms, _ = ranks[0]
-    for other_losses, other_norms, _ in ranks[1:]:
-        assert torch.equal(losses, other_losses) and torch.equal(norms, other_norms)
-    return Result(losses, norms, _assemble([pieces for _, _, pieces in ranks]))
+        ranks = run_distributed(case.ranks, _train_rank, case)
+    result = assemble(ranks)
+    unequal = {**result.gradients.unequal, **result.weights.unequal}
+    assert not unequal, f"copies differ: {unequal}"
+    return result
 
 
-Piece = tuple[ShardSpec, int, torch.Tensor]
-
-
-def _train_rank(case: Case) -> tuple[torch.Tensor, torch.Tensor, list[Piece]]:
+def _train_rank(case: Case) -> RankRecord:
     torch.set_num_threads(1)
-    config = case.config()
-    topology = Topology(case.world_size, case.tensor, case.pipeline)
-    state = ParallelState.create(topology)
-    trainer = Trainer(config, BertPretraining(config), state)
-    losses, norms = [], []
-    for number in range(STEPS):
-        step = trainer.step(own_batches(case, number, state.data.rank))
-        losses.append(trainer.over_ranks(step.parts))
-        norms.append(step.grad_norm)
-    pieces = [
-        (spec, state.tensor.rank, tensor.detach().clone()) for _, tensor, spec in trainer.weights
-    ]
+    trainer = new_trainer(case)
+    rank = trainer.state.data.rank
+    result = record(trainer, STEPS, lambda step, size: own_batches(case, step, size, rank))
+    trainer.finish()
     if dist.is_initialized():
-        state.destroy()
-    return torch.stack(losses), torch.stack(norms), pieces
+        trainer.state.destroy()
+    return result
 
 
-def _assemble(ranks: list[list[Piece]]) -> dict[str, torch.Tensor]:
-    """Whole tensors from all ranks' pieces; copies of the same numbers must be bitwise equal."""
-    tensor_size = 1 + max(rank for pieces in ranks for _, rank, _ in pieces)
-    whole: dict[str, torch.Tensor] = {}
-    for spec, rank, local in (piece for pieces in ranks for piece in pieces):
-        target = whole.setdefault(spec.key, torch.full(spec.shape, float("nan"), dtype=local.dtype))
-        for box in spec.rectangles(rank, tensor_size):
-            held, mine = target[box.global_slices], local[box.local_slices]
-            assert bool((held.isnan() | (held == mine)).all()), f"{spec.name}: unequal copies"
-            target[box.global_slices] = mine
-    missing = [name for name, tensor in whole.items() if tensor.isnan().any()]
-    assert not missing, f"no rank holds all of {missing}"
-    return whole
+def rows_against_one_process(case: Case) -> list[Row]:
+    """The comparison of the case with the same training in one process."""
+    expected = _one_process(case.on_one_process())
+    return compare(train(case), expected, TOLERANCES[case.precision])
 
 
-def largest_difference(found: Result, expected: Result) -> tuple[float, str]:
-    """The largest relative difference and where it is; a tensor's is that of its norm."""
-    assert found.weights.keys() == expected.weights.keys()
-    pairs: dict[str, tuple[Any, Any]] = {
-        "losses": (found.losses, expected.losses),
-        "gradient norms": (found.norms, expected.norms),
-    }
-    elementwise = {name: ((a - b).abs() / b.abs()).max().item() for name, (a, b) in pairs.items()}
-    tensors = {
-        name: ((found.weights[name] - weight).norm() / weight.norm()).item()
-        for name, weight in expected.weights.items()
-    }
-    differences = elementwise | tensors
-    worst = max(differences, key=lambda name: differences[name])
-    return differences[worst], worst
+@cache
+def _one_process(case: Case) -> Recording:
+    return train(case)
+
+
+def assert_equals_one_process(case: Case) -> None:
+    """The case's losses, norms, gradients and weights are those of one process."""
+    for row in rows_against_one_process(case):
+        assert row.agrees, f"{case}\n{row.quantity}, {row.where}: differs by {row.difference:.2e}"

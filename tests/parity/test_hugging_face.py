@@ -16,15 +16,17 @@ import torch
 from megatron.checkpoint.hf_megatron_bert import hugging_face_config, to_hugging_face
 from megatron.config import Config
 from megatron.model import BertModel
-from megatron.mpu import ParallelState, Topology
+from megatron.mpu import ParallelState
 from megatron.mpu.stage import stages
 from megatron.training.bert import BertPretraining
 from megatron.training.task import Batch
 from megatron.training.trainer import Trainer
 from tests.distributed import run_distributed
-from tests.parity.runs import STEPS, Case, own_batches
+from tests.parity.runs import STEPS, Case, new_trainer, own_batches
 
 transformers = pytest.importorskip("transformers")
+
+GLOBAL_BATCH = 8
 
 
 def _their_model(config: Config, ours: BertModel) -> Any:
@@ -75,7 +77,7 @@ def _their_loss(model: Any, batches: list[Batch]) -> torch.Tensor:
 @pytest.mark.parametrize("openai_gelu", [False, True])
 @pytest.mark.parametrize("epsilon", [1e-5, 1e-12])
 def test_logits_and_gradients_equal_transformers(openai_gelu: bool, epsilon: float) -> None:
-    config = Case().config()
+    config = Case.of().config()
     config = replace(
         config, model=replace(config.model, openai_gelu=openai_gelu, layernorm_epsilon=epsilon)
     )
@@ -86,7 +88,7 @@ def test_logits_and_gradients_equal_transformers(openai_gelu: bool, epsilon: flo
             noise = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
             parameter += 0.1 * noise
     theirs = _their_model(config, ours)
-    (batch,) = own_batches(Case(micro_batch=8), step=0, data_rank=0)
+    (batch,) = own_batches(Case.of(micro_batch_size=8), step=0, size=8, data_rank=0)
 
     logits, binary = ours(batch["input_ids"], batch["attention_mask"], batch["tokentype_ids"])
     output = theirs(**_their_inputs(batch))
@@ -108,19 +110,20 @@ def test_logits_and_gradients_equal_transformers(openai_gelu: bool, epsilon: flo
 
 
 def _our_losses(case: Case) -> list[float]:
-    config = case.config()
-    state = ParallelState.create(Topology(case.world_size, case.tensor, case.pipeline))
-    trainer = Trainer(config, BertPretraining(config), state)
+    trainer = new_trainer(case)
     losses = []
     for number in range(STEPS):
-        step = trainer.step(own_batches(case, number, state.data.rank))
+        step = trainer.step(own_batches(case, number, GLOBAL_BATCH, trainer.state.data.rank))
         losses.append(trainer.over_ranks(step.parts).sum().item())
+    trainer.finish()
     return losses
 
 
 def test_training_follows_a_plain_loop_over_transformers() -> None:
-    case = Case(tensor=2, pipeline=2, layers=(3, 2), micro_batch=1)
-    config = replace(case, tensor=1, pipeline=1, layers=(5,)).config()
+    layout = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
+    case = Case.of(ranks=4, **layout, pipeline_layers=(3, 2), micro_batch_size=1)
+    one_batch = case.on_one_process()
+    config = one_batch.config()
     ours = BertModel(config, ParallelState.single(), stages([5])[0])
     theirs = _their_model(config, ours).train()
     untrained = copy.deepcopy(theirs)
@@ -138,15 +141,15 @@ def test_training_follows_a_plain_loop_over_transformers() -> None:
     rates = Trainer(config, BertPretraining(config), ParallelState.single()).learning_rates
     expected = []
     for number in range(STEPS):
-        batches = own_batches(replace(case, micro_batch=4), number, data_rank=0)
+        batches = own_batches(one_batch, number, GLOBAL_BATCH, data_rank=0)
         for group in optimizer.param_groups:
-            group["lr"] = rates.rate(number * case.global_batch)
+            group["lr"] = rates.rate(number * GLOBAL_BATCH)
         optimizer.zero_grad()
         loss = _their_loss(theirs, batches)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(theirs.parameters(), options.clip_grad)
         optimizer.step()
         expected.append(loss.item())
-    found = run_distributed(case.world_size, _our_losses, case)[0]
+    found = run_distributed(case.ranks, _our_losses, case)[0]
     assert abs(_their_loss(untrained, batches).item() - expected[-1]) > 1e-3
     assert found == pytest.approx(expected, rel=1e-9)
