@@ -29,7 +29,8 @@ class T5Dataset:
     """Sample i as a dictionary of arrays, for s = seq_length and d = decoder_seq_length:
 
     encoder_ids i64 [s], decoder_ids i64 [d], labels i64 [d], loss_weights f32 [d] (1: a label, 0:
-    padding), encoder_mask bool [s] and decoder_mask bool [d] (True: a token, False: padding).
+    padding) and encoder_mask bool [s] (True: a token, False: padding). The decoder needs no mask:
+    its padding stands behind all labels, which do not look ahead.
 
     samples: of at most `corruption.longest_text` tokens each; stream: what the random numbers come
     from, the seed and the number of the split.
@@ -76,14 +77,12 @@ class T5Dataset:
         """The arrays of a sample of this encoder input and target."""
         s, d = self._corruption.seq_length, self._corruption.decoder_seq_length
         decoder = np.append(self._bos, labels[:-1])
-        is_label = np.arange(d) < len(labels)
         return {
             "encoder_ids": self._padded(encoder, s),
             "decoder_ids": self._padded(decoder, d),
             "labels": self._padded(labels, d),
-            "loss_weights": is_label.astype(np.float32),
+            "loss_weights": (np.arange(d) < len(labels)).astype(np.float32),
             "encoder_mask": np.arange(s) < len(encoder),
-            "decoder_mask": is_label,
         }
 
     def _padded(self, ids: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int64]:

@@ -79,15 +79,14 @@ def test_samples_have_the_layout_of_a_batch(tmp_path: Path) -> None:
             "labels": ("int64", (D,)),
             "loss_weights": ("float32", (D,)),
             "encoder_mask": ("bool", (S,)),
-            "decoder_mask": ("bool", (D,)),
         }
-        tokens, labels = int(sample["encoder_mask"].sum()), int(sample["decoder_mask"].sum())
+        tokens, labels = int(sample["encoder_mask"].sum()), int(sample["loss_weights"].sum())
         assert sample["encoder_mask"][:tokens].all()
-        assert sample["decoder_mask"][:labels].all()
+        assert sample["loss_weights"][:labels].all()
         assert (sample["encoder_ids"][tokens:] == PAD).all()
         assert (sample["decoder_ids"][labels:] == PAD).all()
         assert (sample["labels"][labels:] == PAD).all()
-        assert sample["loss_weights"].tolist() == sample["decoder_mask"].tolist()
+        assert set(sample["loss_weights"].tolist()) <= {0.0, 1.0}
         assert sample["decoder_ids"][0] == CLS
         assert np.array_equal(sample["decoder_ids"][1:labels], sample["labels"][: labels - 1])
         assert sample["labels"][0] == WORDS  # the first sentinel
@@ -110,7 +109,9 @@ def test_long_documents_fill_the_encoder(tmp_path: Path) -> None:
     dataset = train(tmp_path, documents, short_seq_prob=0.0)
     lengths = [int(dataset[i]["encoder_mask"].sum()) for i in range(20)]
     assert np.mean(np.array(lengths) >= S - 1) > 0.5
-    noise = [int(sum(dataset[i]["labels"][dataset[i]["decoder_mask"]] < WORDS)) for i in range(20)]
+    noise = [
+        int(sum(dataset[i]["labels"][dataset[i]["loss_weights"] > 0] < WORDS)) for i in range(20)
+    ]
     texts = [len(text_of(dataset[i])) for i in range(20)]
     assert max(texts) == 71
     assert abs(sum(noise) / sum(texts) - 0.15) < 0.01
@@ -125,7 +126,7 @@ def test_a_short_decoder_is_filled_and_not_exceeded(tmp_path: Path) -> None:
             sample = dataset[i]
             assert len(sample["labels"]) == decoder_seq_length
             assert len(text_of(sample)) >= 2  # every sentinel of the encoder is explained
-            filled.append(int(sample["decoder_mask"].sum()))
+            filled.append(int(sample["loss_weights"].sum()))
         assert max(filled) >= decoder_seq_length - 1
 
 
