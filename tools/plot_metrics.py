@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLORS = ("#2563a8", "#c2571a", "#2f7d4f", "#8a4fa3", "#a63d4f", "#5b6770")
-TITLES = {"loss": "Loss", "lm_loss": "Masked-token loss", "nsp_loss": "Next-sentence loss"}
+TITLES = {"loss": "Loss", "lm_loss": "Token loss", "nsp_loss": "Next-sentence loss"}
 
 
 @dataclass(frozen=True)

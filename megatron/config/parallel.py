@@ -44,7 +44,7 @@ class ParallelConfig:
     )
     pipeline_costs: tuple[float, ...] | None = flag(
         "times of a forward pass, of the input's and the weights' gradients, and of a message, "
-        "to plan zb-2p by; measured in the first steps where not given",
+        "to plan zb-2p by; where not given, measured in the first steps, messages taken as free",
         default=None,
         bounds="[0, inf)",
         metavar="F,B,W,C",
