@@ -316,10 +316,15 @@ def _build_sgd(options: OptimizerConfig, stepped: Sequence[_Stepped]) -> torch.o
 def _parameter_groups(
     options: OptimizerConfig, stepped: Sequence[_Stepped]
 ) -> list[dict[str, Any]]:
+    """One group for what is decayed and one for the rest, be they empty.
+
+    A pipeline stage without layers has nothing to update, and steps all the same.
+    """
+    decays = {True: options.weight_decay, False: 0.0}
     return [
         {
-            "params": [each.weights],
-            "weight_decay": options.weight_decay if each.shard.buffer.traits.decayed else 0.0,
+            "params": [s.weights for s in stepped if s.shard.buffer.traits.decayed is decayed],
+            "weight_decay": decay,
         }
-        for each in stepped
+        for decayed, decay in decays.items()
     ]

@@ -56,6 +56,15 @@ EVERYTHING_OF_BERT = {
             pipeline_schedule="gpipe",
         ),
         Case.of(ranks=8, **EVERYTHING_OF_BERT),
+        # A stage in the middle without layers holds no parameter at all.
+        Case.of(
+            ranks=6,
+            pipeline_model_parallel_size=3,
+            pipeline_layers=(2, 0, 3),
+            pipeline_schedule="zb-h1",
+            use_distributed_optimizer=True,
+            micro_batch_size=1,
+        ),
     ],
     ids=str,
 )
