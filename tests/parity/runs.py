@@ -178,6 +178,29 @@ class Case:
         """Replicas of the model."""
         return self.config().parallel.data_parallel_size(self.ranks)
 
+    def options(self) -> list[str]:
+        """What of the layout is not the default, without numbers."""
+        config = self.config()
+        parallel, train = config.parallel, config.train
+        options = {
+            "tensor": parallel.tensor_model_parallel_size > 1,
+            "pipeline": parallel.pipeline_model_parallel_size > 1,
+            "data": self.data_size > 1,
+            "uneven stages": parallel.pipeline_layers is not None,
+            "fewer micro-batches than stages": (
+                train.num_micro_batches(self.data_size) < parallel.pipeline_model_parallel_size
+            ),
+            "ramp": train.rampup_batch_size is not None,
+            "sequence parallel": parallel.sequence_parallel,
+            "distributed optimizer": parallel.use_distributed_optimizer,
+            "sharded gradients": parallel.shard_gradients,
+            "stored split": parallel.distribute_saved_activations,
+            "unfused attention": config.model.attention_backend == "unfused",
+            f"recompute {parallel.recompute_granularity}": parallel.recompute_granularity,
+            f"schedule {parallel.schedule}": parallel.pipeline_model_parallel_size > 1,
+        }
+        return [name for name, given in options.items() if given]
+
     def __str__(self) -> str:
         defaults = {name: flag.default for name, flag in all_flags().items()} | BASE
         words = [
