@@ -46,7 +46,6 @@ class GradientBuffers:
     Attributes:
         buffers: the parameters and gradients.
         buckets: in the order in which backward completes them.
-        shards: what this rank gets the sums of, and updates.
         shared: the names of the tensors that several stages hold, with the ranks that do.
     """
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from megatron.config import Config, OptimizerConfig
 from megatron.mpu.collectives import MAX, all_reduce, start_all_reduce
+from megatron.mpu.direct import Pending
 from megatron.mpu.parallel_state import Axis, ParallelState
 from megatron.mpu.shard_spec import ShardSpec
 from megatron.optimizer.flat_buffer import Shard, shard_spec
@@ -116,7 +117,7 @@ class Optimizer:
         # The ranks that together hold each element of the model once or, tied, a few times.
         self._whole = state.model if gather is None else _world(state)
         self._agreeing = _agreeing(gradients.shared, state, sharded=gather is not None)
-        self._norm_under_way: dist.Work | None = None
+        self._norm_under_way: Pending | None = None
 
     @property
     def loss_scale(self) -> Tensor:
@@ -215,14 +216,8 @@ class Optimizer:
             all_reduce(bad, axis, MAX)
         if self._norm_under_way is not None:
             self._norm_under_way.wait()
-        self._norm_under_way = work = start_all_reduce(squares, self._whole)
-
-        def norm() -> Tensor:
-            if work is not None:
-                work.wait()
-            return squares.sqrt()
-
-        return StepResult(bad > 0, norm)
+        self._norm_under_way = total = start_all_reduce(squares, self._whole)
+        return StepResult(bad > 0, lambda: total.wait().sqrt())
 
     def _divide_gradients(self, norm: Tensor) -> None:
         """Divide by the loss scale and, where the norm is too large, down to the clipping norm."""

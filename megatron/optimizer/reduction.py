@@ -16,7 +16,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.mpu.collectives import start_all_reduce, start_reduce_scatter
@@ -71,7 +70,7 @@ class WholeGradients:
         self._launched = 0
         self._missing = [set(bucket.places) for bucket in buckets]
         self._place = {bucket: index for index, bucket in enumerate(buckets)}
-        self._works: list[dist.Work | Pending] = []
+        self._works: list[Pending] = []
 
     def zero(self) -> None:
         """Begin a step."""
@@ -109,13 +108,11 @@ class WholeGradients:
         bucket = self._buckets[self._launched]
         self._launched += 1
         gradients, axis = _gradients(bucket), self._axis
-        work: dist.Work | Pending | None
         if self._scattered:
             work = start_reduce_scatter(gradients, axis, bucket.own(gradients, axis))
         else:
             work = start_all_reduce(gradients, axis)
-        if work is not None:
-            self._works.append(work)
+        self._works.append(work)
 
 
 def _gradients(bucket: Bucket) -> Tensor:

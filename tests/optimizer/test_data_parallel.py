@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megatron.mpu.collectives import start_all_reduce
+from megatron.mpu.direct import Pending
 from megatron.mpu.init import normal
 from megatron.mpu.parallel_state import Axis, ParallelState
 from megatron.mpu.shard_spec import ShardSpec
@@ -76,7 +77,7 @@ def test_data_parallel_equals_one_process(
 def recorded(events: list[Any]) -> Iterator[None]:
     """Note the size of every bucket whose all-reduce starts."""
 
-    def spy(tensor: Tensor, axis: Axis) -> dist.Work | None:
+    def spy(tensor: Tensor, axis: Axis) -> Pending:
         events.append(tensor.numel())
         return start_all_reduce(tensor, axis)
 

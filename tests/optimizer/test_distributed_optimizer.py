@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 from unittest import mock
 
@@ -15,7 +16,7 @@ from megatron.mpu.init import normal
 from megatron.mpu.parallel_state import Axis, ParallelState
 from megatron.mpu.shard_spec import ShardSpec
 from megatron.mpu.topology import Topology
-from megatron.optimizer import Optimizer, build_optimizer
+from megatron.optimizer import build_optimizer
 from tests.distributed import distributed, run_distributed
 from tests.optimizer.support import (
     SEED,
@@ -101,19 +102,18 @@ def test_half_precision_equals_plain_data_parallelism(name: str, mode: dict[str,
             assert torch.allclose(own, other, rtol=tolerance, atol=tolerance), spec.name
 
 
-def held_bytes(optimizer: Optimizer) -> int:
-    """Of all memory that the optimizer and its buffers hold, padding included."""
-    tensors = [part for _, part, _, _ in optimizer.state_tensors()]
-    for buffer in optimizer.gradients.buffers:
-        tensors.append(buffer.values)
-        if buffer.gradients is not None:
-            tensors.append(buffer.gradients)
-    tensors += [shard.gradients for shard in optimizer.gradients.shards]
+def bytes_of_all_tensors() -> int:
+    """Memory of every tensor of this process."""
+    gc.collect()
+    tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
+    tensors += [each.grad for each in tensors if each.is_leaf and each.grad is not None]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
 def bytes_per_parameter(dtype: torch.dtype, mode: dict[str, bool]) -> float:
+    """What a model, its optimizer and its buffers hold between two steps."""
+    before = bytes_of_all_tensors()
     state = ParallelState.create(Topology(dist.get_world_size()))
     chunk = nn.Module()
     for index in range(8):  # 2 ** 15 elements each: buckets without padding on 1, 2 and 4 ranks
@@ -126,7 +126,9 @@ def bytes_per_parameter(dtype: torch.dtype, mode: dict[str, bool]) -> float:
     optimizer.gradients.finish()
     optimizer.step(0.01)
     optimizer.finish_gather()
-    return held_bytes(optimizer) / (8 * 2**15)
+    held = bytes_of_all_tensors() - before
+    assert sum(p.numel() for p in chunk.parameters()) == 8 * 2**15
+    return held / (8 * 2**15)
 
 
 @pytest.mark.parametrize("data", [1, 2, 4])
@@ -141,7 +143,8 @@ def test_bytes_per_parameter_are_as_published(data: int) -> None:
     ]
     for dtype, mode, expected in published:
         for found in run_distributed(data, bytes_per_parameter, dtype, mode):
-            assert found == expected, (dtype, mode)
+            # A few scalars come on top: the counts of steps, the loss scale.
+            assert expected <= found < expected + 0.005, (dtype, mode)
 
 
 @distributed(2)

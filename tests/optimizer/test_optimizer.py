@@ -220,10 +220,13 @@ def test_parameter_norm_is_of_the_weights() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_step_never_waits_for_the_gpu() -> None:
+@pytest.mark.parametrize(
+    "mode", [{}, {"distributed": True}, {"distributed": True, "shard_gradients": True}]
+)
+def test_a_step_never_waits_for_the_gpu(mode: dict[str, bool]) -> None:
     state = ParallelState.single("cuda")
     net = Net(state, torch.float16)
-    optimizer = build_optimizer(make_config(fp16=True), [net], state)
+    optimizer = build_optimizer(make_config(fp16=True, **mode), [net], state)
     batches = [tokens.cuda() for tokens in micro_batches(2, 0)]
     accumulate(optimizer, net, batches)
     optimizer.step(0.01)
