@@ -16,6 +16,7 @@ from __future__ import annotations
 import atexit
 import faulthandler
 import functools
+import gc
 import importlib
 import multiprocessing
 import os
@@ -146,6 +147,9 @@ def _work(pipe: Connection, rank: int, world_size: int, port: int) -> None:
             dist.destroy_process_group()
         except BaseException:
             error = traceback.format_exc()
+        # Models refer to their groups in circles; a group that stays has a thread that goes on
+        # looking for messages.
+        gc.collect()
         pipe.send((error, result))
 
 
