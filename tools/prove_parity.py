@@ -7,8 +7,9 @@
    What was changed is said.
 2. One process trains a few steps, then as many processes as the layout wants, on the same data:
    random tokens, or those of `--data-path`.
-3. Losses, gradient norms, the gradients of the first step and the weights after the last are
-   compared, as whole tensors by name. Copies of a tensor on several ranks must be bitwise equal.
+3. Losses, gradient norms, the layers' outputs and the gradients of the first step, and the weights
+   before it and after the last are compared, as whole tensors by name. Copies of a tensor on
+   several ranks must be bitwise equal.
 
 Ends with 0 where all agree within the tolerance, with 1 where they do not.
 """
@@ -35,9 +36,9 @@ DEFAULTS: dict[str, dict[str, object]] = {
 }
 
 TOLERANCES = {
-    "fp64": Tolerances(loss=1e-11, norm=1e-11, gradient=1e-11, weight=1e-11),
-    "fp32": Tolerances(loss=1e-5, norm=1e-5, gradient=1e-5, weight=1e-4),
-    "bf16": Tolerances(loss=1e-2, norm=5e-2, gradient=1e-1, weight=1e-1),
+    "fp64": Tolerances(output=1e-11, loss=1e-11, norm=1e-11, gradient=1e-11, weight=1e-11),
+    "fp32": Tolerances(output=1e-5, loss=1e-5, norm=1e-5, gradient=1e-5, weight=1e-4),
+    "bf16": Tolerances(output=5e-2, loss=1e-2, norm=5e-2, gradient=1e-1, weight=1e-1),
 }
 
 

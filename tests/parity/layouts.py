@@ -9,7 +9,6 @@ import random
 from itertools import product
 from typing import Any
 
-from megatron.config import Config
 from megatron.validation import validate
 from tests.parity.runs import NETWORKS, STEPS, Case
 
@@ -24,6 +23,7 @@ def draw_case(draw: random.Random) -> Case:
     network = draw.choice(list(NETWORKS))
     while True:
         tensor, pipeline, data = draw.choice(GRIDS)
+        exact = draw.random() < 0.75
         flags: dict[str, Any] = {
             "tensor_model_parallel_size": tensor,
             "pipeline_model_parallel_size": pipeline,
@@ -34,17 +34,15 @@ def draw_case(draw: random.Random) -> Case:
             "attention_backend": draw.choice(["auto", "unfused"]),
             "attention_softmax_in_fp32": draw.random() < 0.2,
             "clip_grad": draw.choice([0.0, 0.5]),
-            "fp64": draw.random() < 0.75,
+            "fp64": exact,
+            # Adam divides what rounding leaves of a gradient whose terms cancel by its own size.
+            "adam_eps": 1e-8 if exact else 1e-6,
             "gradient_bucket_size": draw.choice([2000, 5000, 10**6]),
         }
         case = Case.of(network, tensor * pipeline * data, **flags)
         config = case.config()
-        if config.train.global_batch(data) <= MOST_SAMPLES and not _problems(config, case.ranks):
+        if config.train.global_batch(data) <= MOST_SAMPLES and not validate(config, case.ranks):
             return case
-
-
-def _problems(config: Config, ranks: int) -> list[str]:
-    return validate(config, ranks)
 
 
 def _stages(draw: random.Random, network: str, pipeline: int) -> dict[str, Any]:

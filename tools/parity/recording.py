@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from megatron.optimizer.flat_buffer import shard_spec
 from megatron.optimizer.optimizer import StepResult
 from megatron.training.task import Batch
 from megatron.training.trainer import Trainer
+from tools.parity.outputs import Moments, mean_squares, watched_outputs
 
 Array = npt.NDArray[np.floating]
 
@@ -45,8 +46,10 @@ class RankRecord:
     tensor_size: int
     losses: Array
     norms: Array
-    weights: list[Piece]
+    outputs: Moments
+    initial: list[Piece]
     gradients: list[Piece]
+    weights: list[Piece]
 
 
 @dataclass
@@ -69,14 +72,20 @@ class Recording:
 
     Attributes:
         losses: [steps, parts]; norms: [steps], of the gradients before clipping.
-        weights: after the last step.
+        disagreement: the largest relative difference of a loss or a norm between ranks.
+        outputs: mean squares of the layers' outputs in the first step, by the layer's weight.
+        initial: the weights before the first step.
         gradients: of the first step, before clipping.
+        weights: after the last step.
     """
 
     losses: Array
     norms: Array
-    weights: Tensors
+    disagreement: float
+    outputs: dict[str, float]
+    initial: Tensors
     gradients: Tensors
+    weights: Tensors
 
 
 def record(trainer: Trainer, steps: int, batches: Callable[[int, int], list[Batch]]) -> RankRecord:
@@ -86,22 +95,31 @@ def record(trainer: Trainer, steps: int, batches: Callable[[int, int], list[Batc
     number of samples in its global batch.
     """
     losses, norms = [], []
+    initial = _weights(trainer)
     gradients: list[Piece] = []
     for number in range(steps):
         own = batches(number, trainer.ramp.at(trainer.samples))
-        with _before_update(trainer, gradients) if number == 0 else nullcontext():
+        if number == 0:
+            with watched_outputs(trainer.chunks) as outputs, _before_update(trainer, gradients):
+                step = trainer.step(own)
+        else:
             step = trainer.step(own)
         losses.append(trainer.over_ranks(step.parts))
         norms.append(step.grad_norm)
-    rank = trainer.state.tensor.rank
-    weights = [Piece(spec, rank, 0, _array(weight)) for _, weight, spec in trainer.weights]
     return RankRecord(
         trainer.state.tensor.size,
         _array(torch.stack(losses)),
         _array(torch.stack(norms)),
-        weights,
+        outputs,
+        initial,
         gradients,
+        _weights(trainer),
     )
+
+
+def _weights(trainer: Trainer) -> list[Piece]:
+    rank = trainer.state.tensor.rank
+    return [Piece(spec, rank, 0, _array(weight)) for _, weight, spec in trainer.weights]
 
 
 @contextmanager
@@ -139,20 +157,25 @@ def assemble(ranks: Sequence[RankRecord]) -> Recording:
     """The whole of what the ranks recorded.
 
     Raises:
-        ValueError: ranks disagree on a loss or a norm, or no rank holds some part of a tensor.
+        ValueError: parts of a tensor are not numbers, or no rank holds them.
     """
-    first = ranks[0]
-    for other in ranks[1:]:
-        if not (
-            np.array_equal(first.losses, other.losses) and np.array_equal(first.norms, other.norms)
-        ):
-            raise ValueError("losses or gradient norms are not the same on all ranks")
-    size = first.tensor_size
-    weights, gradients = (
-        _whole([piece for rank in ranks for piece in pieces(rank)], size)
-        for pieces in (lambda rank: rank.weights, lambda rank: rank.gradients)
+    first, size = ranks[0], ranks[0].tensor_size
+    return Recording(
+        first.losses,
+        first.norms,
+        _disagreement(ranks),
+        mean_squares(rank.outputs for rank in ranks),
+        *(
+            _whole([piece for rank in ranks for piece in getattr(rank, what)], size)
+            for what in ("initial", "gradients", "weights")
+        ),
     )
-    return Recording(first.losses, first.norms, weights, gradients)
+
+
+def _disagreement(ranks: Sequence[RankRecord]) -> float:
+    figures = [np.concatenate((rank.losses.ravel(), rank.norms.ravel())) for rank in ranks]
+    differences = np.ptp(np.stack(figures), axis=0)
+    return float(np.max(differences / (np.abs(figures[0]) + (differences == 0))))
 
 
 def _whole(pieces: Iterable[Piece], tensor_size: int) -> Tensors:
@@ -165,7 +188,7 @@ def _whole(pieces: Iterable[Piece], tensor_size: int) -> Tensors:
             _put(target[box.global_slices], local[box.local_slices], spec.key, differences)
     missing = [name for name, values in result.values.items() if np.isnan(values).any()]
     if missing:
-        raise ValueError(f"no rank holds all of {', '.join(missing)}")
+        raise ValueError(f"not a number, or held by no rank: parts of {', '.join(missing)}")
     for name, difference in differences.items():
         result.unequal[name] = difference / (_norm(result.values[name]) or 1.0)
     return result
