@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from megatron.optimizer.flat_buffer import shard_spec
+
 Moments = dict[str, tuple[float, int]]
 """Sum of squares and number of elements by the name of the layer's weight."""
 
@@ -23,12 +25,12 @@ Moments = dict[str, tuple[float, int]]
 def watched_outputs(chunks: Iterable[nn.Module]) -> Iterator[Moments]:
     """Within it, the outputs of all layers that have a weight are summed up."""
     moments: Moments = {}
-    handles = [
-        module.register_forward_hook(partial(_add, moments, module.weight.shard_spec.key))
-        for chunk in chunks
-        for module in chunk.modules()
-        if hasattr(getattr(module, "weight", None), "shard_spec")
-    ]
+    handles = []
+    for module in (module for chunk in chunks for module in chunk.modules()):
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            add = partial(_add, moments, shard_spec(weight).key)
+            handles.append(module.register_forward_hook(add))
     try:
         yield moments
     finally:
