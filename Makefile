@@ -18,11 +18,12 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 endif
 
-.PHONY: help install quickstart test lint format
+.PHONY: help install quickstart test parity lint format
 
 help:
 	@echo "make quickstart   train a small BERT on this machine and export it"
 	@echo "make test         run the tests"
+	@echo "make parity       compare 120 layouts drawn at random with one process (LAYOUTS, SEED)"
 	@echo "make lint         check style, format and types"
 	@echo "make format       put the files into their format"
 	@echo "make install      only make the environment that the others use"
@@ -34,6 +35,12 @@ quickstart: $(INSTALLED)
 
 test: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m pytest -q
+
+LAYOUTS := 120
+SEED := 1
+
+parity: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m tests.parity.full --layouts $(LAYOUTS) --seed $(SEED)
 
 lint: $(INSTALLED)
 	@$(LINT)

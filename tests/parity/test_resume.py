@@ -8,6 +8,7 @@ tolerance.
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def _stretch(case: Case, directory: Path, steps: int) -> Recording:
     return assemble(run_distributed(case.ranks, _stretch_rank, case, directory, steps))
 
 
-STEPS = (3, 3, 3)
+STEPS = (2, 2, 2)
 DROPOUT = {"hidden_dropout": 0.2, "attention_dropout": 0.2}
 BY_TWO = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 
@@ -82,8 +83,8 @@ BY_TWO = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2}
 )
 def test_stopping_changes_no_bit(case: Case, tmp_path: Path) -> None:
     case = case.with_flags(**DROPOUT)
-    through = _stretch(case, tmp_path / "through", 6)
-    stopped = [_stretch(case, tmp_path / "stopped", 3) for _ in range(2)]
+    through = _stretch(case, tmp_path / "through", 4)
+    stopped = [_stretch(case, tmp_path / "stopped", 2) for _ in range(2)]
     for name in ("losses", "norms"):
         parts = [getattr(part, name) for part in stopped]
         np.testing.assert_array_equal(np.concatenate(parts), getattr(through, name))
@@ -119,8 +120,13 @@ def _layouts(network: str, *distributed: bool) -> list[Case]:
     ]
 
 
-@pytest.mark.parametrize("network", ["bert", "gpt", "t5"])
-@pytest.mark.parametrize("distributed", [(True,) * 3, (False,) * 3, (True, False, True)])
+@pytest.mark.parametrize(
+    ("network", "distributed"),
+    [
+        *product(["bert", "gpt", "t5"], [(True, True, True), (False, False, False)]),
+        ("gpt", (True, False, True)),
+    ],
+)
 def test_a_run_goes_on_in_another_layout(
     network: str, distributed: tuple[bool, ...], tmp_path: Path
 ) -> None:
