@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -18,8 +19,10 @@ from megatron.errors import ConfigError
 from megatron.model import residual
 from megatron.mpu import ParallelState, ShardSpec, layers
 from megatron.training.initialize import rank_grid
+from megatron.validation import validate
 from tests.configs import argv_of, small
 from tests.distributed import run_distributed
+from tests.parity.layouts import draw_case
 from tests.training.corpus import write_corpus
 from tools import prove_parity
 from tools.parity.changes import Wish, comparable, one_process
@@ -223,6 +226,14 @@ def test_only_what_was_asked_for_and_dropout_is_changed() -> None:
         *("lr_warmup_iters", "num_workers", "vocab_size"),
     }
     assert len(notes) == len(changed)
+
+
+def test_whatever_can_be_trained_can_be_compared() -> None:
+    draw = random.Random(3)
+    for _ in range(300):
+        case = draw_case(draw)
+        config, _ = comparable(case.config(), Wish(), case.ranks)
+        assert validate(one_process(config, case.ranks), 1) == []
 
 
 def test_one_process_has_the_same_global_batch_and_nothing_parallel() -> None:
