@@ -15,7 +15,7 @@ from megatron.config import Config
 from megatron.model.embedding import Embedding
 from megatron.model.enums import LayerType
 from megatron.model.linear import WholeLinear
-from megatron.model.module import parameter_dtype, splits_sequence, stream_dtype
+from megatron.model.module import parameter_dtype, splits_sequence
 from megatron.model.positions import RelativeBias, rotations
 from megatron.model.transformer import Context, ParallelTransformer
 from megatron.mpu import ParallelState, Stage, reduce_from_tensor_region
@@ -174,9 +174,15 @@ class TransformerLanguageModel(nn.Module):
         if self.embedding is not None:
             stream = self._embed(dec_input_ids, dec_position_ids, None)
         context = self._context(dec_input_ids, dec_position_ids, dec_attn_mask, "decoder")
-        encoder_output = encoder_output.to(parameter_dtype(self.config))
+        encoder_output = encoder_output.to(self._dtype)
         stream = self.decoder(stream, context.beside(encoder_output, enc_dec_attn_mask))
         return Hidden(stream, encoder_output=encoder_output)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The parameters' number format, which may have been changed since they were made."""
+        first = next(self.parameters(), None)
+        return parameter_dtype(self.config) if first is None else first.dtype
 
     def _embed(
         self,
@@ -186,7 +192,10 @@ class TransformerLanguageModel(nn.Module):
     ) -> torch.Tensor:
         assert self.embedding is not None, "set_input_tensor before a later stage's forward"
         embedded = self.embedding(input_ids, position_ids, tokentype_ids)
-        return embedded.to(stream_dtype(self.config))
+        exact = self.config.model.fp32_residual_connection
+        return (
+            embedded.to(torch.promote_types(embedded.dtype, torch.float32)) if exact else embedded
+        )
 
     def _parts_of(
         self, received: torch.Tensor | None, encoder_length: int
@@ -208,7 +217,7 @@ class TransformerLanguageModel(nn.Module):
         relative = self.encoder_bias if stack == "encoder" else self.decoder_bias
         if relative is not None:
             mask = mask.with_bias(relative(length, length))
-        rotation = rotations(self.config, length, position_ids, input_ids.device)
+        rotation = rotations(self.config, length, position_ids, self._dtype, input_ids.device)
         return Context(mask, rotation)
 
 

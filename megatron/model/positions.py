@@ -12,14 +12,18 @@ from torch import nn
 
 from megatron.config import Config
 from megatron.model.initial import init_methods
-from megatron.model.module import new_parameter, parameter_dtype
+from megatron.model.module import new_parameter
 from megatron.mpu import ParallelState, ShardSpec, Stage
 from megatron.mpu.layers import embedding_lookup
 from megatron.ops.rotary import Rotation, rotation
 
 
 def rotations(
-    config: Config, length: int, position_ids: torch.Tensor | None, device: torch.device
+    config: Config,
+    length: int,
+    position_ids: torch.Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Rotation | None:
     """The rotation of each of ``length`` positions, or of ``position_ids`` i64[b, s].
 
@@ -32,7 +36,7 @@ def rotations(
         positions = torch.arange(length, device=device).unsqueeze(1)
     else:
         positions = position_ids.t()
-    return rotation(positions, model.rotary_channels, model.rotary_base, parameter_dtype(config))
+    return rotation(positions, model.rotary_channels, model.rotary_base, dtype)
 
 
 class RelativeBias(nn.Module):

@@ -244,6 +244,7 @@ def test_gradients_do_not_depend_on_the_schedule() -> None:
         rank.chunks[0].zero_grad()
         rank.runtime.run(make_batches(7))
         found.append([p.grad for p in rank.chunks[0].parameters()])
+    rank.runtime.finish()
     for gradients in found[1:]:
         torch.testing.assert_close(gradients, found[0], rtol=0, atol=0)
 
@@ -279,7 +280,9 @@ def test_stages_may_send_tensors_of_different_shapes() -> None:
 
     chunk = Grow()
     plan = partial(make_schedule, "zb-h1", 4)
-    PipelineRuntime([chunk], plan, state, step, activation).run(make_batches(3))
+    runtime = PipelineRuntime([chunk], plan, state, step, activation)
+    runtime.run(make_batches(3))
+    runtime.finish()
     assert chunk.row.grad is not None
     assert chunk.row.grad.tolist() == [[3.0 * (ROWS + state.rank + 1)] * WIDTH]
 
@@ -382,6 +385,7 @@ def test_half_precision_activations_travel() -> None:
         spec = TensorSpec((ROWS, WIDTH), dtype)
         runtime = PipelineRuntime([chunk], partial(one_f_one_b, 2), state, step, lambda _: spec)  # noqa: B023
         runtime.run(batches, loss_scale=8)
+        runtime.finish()
         assert all(p.grad is not None and p.grad.dtype == dtype for p in chunk.parameters())
 
 
@@ -392,6 +396,7 @@ def test_a_frozen_first_stage_is_left_alone() -> None:
     if state.rank == 0:
         rank.chunks[0].requires_grad_(False)
     rank.runtime.run(make_batches(2))
+    rank.runtime.finish()
     trained = [p.grad is not None for p in rank.chunks[0].parameters()]
     assert all(trained) if state.rank else not any(trained)
 
