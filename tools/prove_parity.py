@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -49,9 +50,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         epilog="All other flags are those of pretrain_MODEL.py.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", choices=sorted(DEFAULTS), required=True)
+    parser.add_argument("--model", choices=sorted(DEFAULTS), default="gpt", help="default gpt")
     parser.add_argument(
-        "--ranks", type=int, required=True, help="processes of the layout, as given to torchrun"
+        "--ranks",
+        type=int,
+        help="processes of the layout, as given to torchrun (default: the fewest for the tensor "
+        "and pipeline sizes on the command line, or 2 data-parallel ones)",
     )
     parser.add_argument("--layers", type=int, help="number of layers in place of the flags'")
     parser.add_argument("--hidden", type=int, help="hidden size in place of the flags'")
@@ -67,7 +71,22 @@ def parse_arguments(argv: Sequence[str] | None = None) -> tuple[argparse.Namespa
         value = getattr(arguments, name)
         if value is not None and value < 1:
             parser.error(f"--{name}: found {value}, expected at least 1")
+    if arguments.ranks is None:
+        arguments.ranks = _fewest_ranks(flags)
     return arguments, flags
+
+
+def _fewest_ranks(flags: Sequence[str]) -> int:
+    """The processes of one copy of the model, or where that is one, of two copies."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    sizes = [f"--{axis}-model-parallel-size" for axis in ("tensor", "pipeline")]
+    for size in sizes:
+        parser.add_argument(size, type=int, default=1, dest=size)
+    try:
+        found = vars(parser.parse_known_args(flags)[0])
+    except argparse.ArgumentError:
+        return 1  # whoever reads the configuration says what is wrong with it
+    return max(2, prod(found.values()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
