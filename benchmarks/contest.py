@@ -1,4 +1,4 @@
-"""Processes that wait for their turn: every contestant lives through the whole run.
+"""Processes that wait for their turn, built once and asked for one burst after another.
 
 A round asks each contestant for a burst of steps, one after the other, so that what disturbs the
 machine disturbs all of them alike and nothing runs beside the one that is measured. The order of
@@ -41,7 +41,7 @@ class Contestant:
         processes, threads: how many, and threads of each.
         absent: why it does not take part.
         losses: of the first two steps.
-        seconds: of a step, in each round.
+        seconds: of a step, by the number of the round.
         peak: bytes that the largest of its processes has held.
     """
 
@@ -51,7 +51,7 @@ class Contestant:
     threads: int = 1
     absent: str | None = None
     losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    seconds: dict[int, float] = field(default_factory=dict)
     peak: int = 0
 
     @property
@@ -130,8 +130,11 @@ class Team:
 
     def burst(self, steps: int) -> float:
         """Seconds of a step, the slowest process counting."""
-        for pipe in self._pipes:
-            pipe.send(steps)
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                pipe.send(steps)
+            except OSError as error:
+                raise ContestantError(self._report(rank, "ended, perhaps out of memory")) from error
         answers = self._answers(BURST_SECONDS)
         self.contestant.peak = max(answer["peak"] for answer in answers)
         return float(max(answer["seconds"] for answer in answers)) / steps
@@ -143,7 +146,7 @@ class Team:
                 if not pipe.poll(seconds):
                     raise ContestantError(self._report(rank, f"no answer in {seconds:.0f} s"))
                 answers.append(pipe.recv())
-            except (EOFError, ConnectionError) as error:
+            except (EOFError, OSError) as error:
                 raise ContestantError(self._report(rank, "ended")) from error
         return answers
 
@@ -154,16 +157,16 @@ class Team:
 
 
 def measure(
-    teams: Sequence[Team], rounds: int, steps: int, progress: Callable[[int], None]
+    teams: Sequence[Team], rounds: range, steps: int, progress: Callable[[int], None]
 ) -> None:
-    """Let every team run `steps` in each of `rounds` rounds; the first one does not count."""
-    for number in range(rounds + 1):
-        progress(number)
-        turn = number % len(teams)
+    """Let every team run `steps` in each of the rounds, and once before, which does not count."""
+    for number in (None, *rounds):
+        progress(0 if number is None else number)
+        turn = (number or 0) % len(teams)
         for team in (*teams[turn:], *teams[:turn]):
             seconds = team.burst(steps)
-            if number > 0:
-                team.contestant.seconds.append(seconds)
+            if number is not None:
+                team.contestant.seconds[number] = seconds
 
 
 def _known(losses: Sequence[list[float]]) -> list[float]:

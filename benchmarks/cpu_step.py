@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import bert_step, gpt_step  # noqa: E402 - after the search path is set
+from benchmarks.contest import ContestantError  # noqa: E402
 
 MODELS = {"gpt": gpt_step, "bert": bert_step}
 DEFAULTS: dict[str, dict[str, int]] = {
@@ -92,7 +93,10 @@ def main() -> None:
     """Measure and report."""
     args = parse_arguments()
     width = None if sys.stdout.isatty() else FILE_WIDTH
-    result: dict[str, Any] = MODELS[args.model].run(args, Console(width=width))
+    try:
+        result: dict[str, Any] = MODELS[args.model].run(args, Console(width=width))
+    except ContestantError as error:
+        sys.exit(str(error))
     if args.output:
         args.output.write_text(json.dumps(result, indent=2) + "\n")
 

@@ -4,7 +4,8 @@ All train the same network from the same weights on the same batches and apply t
 first two losses must agree, which holds them to that. On one process a step may use two threads,
 on two processes each uses one. A pipeline cuts the batch into micro-batches.
 
-The ratios of a round compare bursts that ran seconds apart; a figure is the median over rounds.
+One layout after another is measured, each in rounds together with all that run on one process. The
+ratios of a round compare bursts that ran seconds apart; a figure is the median over rounds.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import statistics
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -65,26 +65,40 @@ def run(args: argparse.Namespace, console: Console) -> dict[str, Any]:
         and (module != "transformers_gpt2" or layout == "single")
     ]
     products = [Contestant("matmul", kind, 1, 2) for kind in PRODUCTS]
+    single = [each for each in contestants if each.layout == "single"]
+    others = [layout for layout in args.layouts if layout != "single"]
     with ExitStack() as stack:
-        teams = []
-        for layout, members in groupby((*contestants, *products), key=lambda each: each.layout):
-            console.print(f"starting {LAYOUT_TITLES.get(layout, layout)}", style="dim")
-            started = [stack.enter_context(Team(each, sizes)) for each in members]
-            for team in started:
-                team.ready()
-            teams += [team for team in started if team.contestant.absent is None]
-        measure(
-            teams,
-            args.rounds,
-            args.steps,
-            lambda number: console.print(f"round {number} of {args.rounds}", style="dim"),
-        )
+        references = start(stack, (*single, *products), sizes, console)
+        for section, layout in enumerate(others or ["single"]):
+            members = [each for each in contestants if each.layout == layout != "single"]
+            # The processes of a layout end before the next one's begin: memory is short.
+            with ExitStack() as own:
+                teams = references + start(own, members, sizes, console)
+                rounds = range(section * args.rounds + 1, (section + 1) * args.rounds + 1)
+                measure(
+                    teams,
+                    rounds,
+                    args.steps,
+                    lambda number: console.print(f"round {number}", style="dim"),
+                )
     present = [each for each in contestants if each.absent is None]
     check_losses(present)
-    result = figures(sizes, present, products)
+    result = figures(sizes, present, [each for each in products if each.absent is None])
     result["absent"] = {each.name: each.absent for each in contestants if each.absent is not None}
     show(result, console)
     return result
+
+
+def start(
+    stack: ExitStack, contestants: Sequence[Contestant], sizes: Sizes, console: Console
+) -> list[Team]:
+    """The teams of those that can be built here; `stack` ends them."""
+    names = ", ".join(each.name for each in contestants)
+    console.print(f"starting {names}", style="dim")
+    teams = [stack.enter_context(Team(each, sizes)) for each in contestants]
+    for team in teams:
+        team.ready()
+    return [team for team in teams if team.contestant.absent is None]
 
 
 def check_losses(contestants: Sequence[Contestant]) -> None:
@@ -100,19 +114,19 @@ def figures(
     sizes: Sizes, contestants: Sequence[Contestant], products: Sequence[Contestant]
 ) -> dict[str, Any]:
     """Medians over rounds of all that is reported."""
-    limit = min(products, key=lambda each: statistics.median(each.seconds))
+    limit = min(products, key=lambda each: statistics.median(each.seconds.values()))
     single = {each.module: each for each in contestants if each.layout == "single"}
     rows = []
     for each in contestants:
         peers = [p for p in contestants if p.layout == each.layout and p.module != OURS]
-        best = min(peers, key=lambda p: statistics.median(p.seconds), default=None)
+        best = min(peers, key=lambda p: statistics.median(p.seconds.values()), default=None)
         row: dict[str, Any] = {
             "layout": each.layout,
             "contestant": TITLES[each.module],
-            "tokens_per_second": sizes.tokens / statistics.median(each.seconds),
+            "tokens_per_second": sizes.tokens / statistics.median(each.seconds.values()),
             "seconds": {
-                "median": statistics.median(each.seconds),
-                "quartiles": statistics.quantiles(each.seconds, n=4)[::2],
+                "median": statistics.median(each.seconds.values()),
+                "quartiles": statistics.quantiles(each.seconds.values(), n=4)[::2],
             },
             "peak_mib_per_process": each.peak / 2**20,
             "share_of_matmul_rate": speed(limit, each) * sizes.flops / FLOPS,
@@ -129,9 +143,9 @@ def figures(
         "rows": rows,
         "sizes": vars(sizes) | {"stage_layers": sizes.stage_layers},
         "matmul_gflops": {
-            each.layout: FLOPS / statistics.median(each.seconds) / 1e9 for each in products
+            each.layout: FLOPS / statistics.median(each.seconds.values()) / 1e9 for each in products
         },
-        "rounds": len(limit.seconds),
+        "rounds_per_layout": min(len(each.seconds) for each in contestants),
         "processor": platform.processor() or platform.machine(),
         "python": platform.python_version(),
     }
@@ -139,8 +153,8 @@ def figures(
 
 def speed(reference: Contestant, contestant: Contestant) -> float:
     """How much faster a contestant is: the median of the ratios within a round."""
-    pairs = zip(reference.seconds, contestant.seconds, strict=True)
-    return statistics.median(theirs / own for theirs, own in pairs)
+    common = reference.seconds.keys() & contestant.seconds.keys()
+    return statistics.median(reference.seconds[i] / contestant.seconds[i] for i in common)
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -181,7 +195,7 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"GPT of {sizes['layers']} layers, hidden {sizes['hidden']}, {sizes['heads']} heads, "
         f"vocabulary {sizes['vocabulary']}, float32; {sizes['batch']} sequences of "
         f"{sizes['sequence']} tokens a step, in a pipeline {sizes['micro_batches']} micro-batches; "
-        f"median (quartiles) of {result['rounds']} rounds; matmul "
+        f"median (quartiles) of {result['rounds_per_layout']} rounds; matmul "
         + ", ".join(f"{kind} {rate:.0f}" for kind, rate in rates.items())
         + " GFLOP/s"
     )

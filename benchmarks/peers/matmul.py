@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from benchmarks.peers import AbsentError
 from benchmarks.peers.sizes import Sizes
 
 MATRIX = 2048
@@ -21,5 +22,7 @@ def build(sizes: Sizes, layout: str) -> Callable[[], float]:
     left, right = torch.randn(2, MATRIX, MATRIX).unbind()
     if layout == "blas":
         return lambda: float((left @ right)[0, 0])
+    if not torch.backends.mkldnn.is_available():
+        raise AbsentError("PyTorch is built without oneDNN")
     product = torch.ops.mkldnn._linear_pointwise
     return lambda: float(product(left, right, None, "none", [], "")[0, 0])
