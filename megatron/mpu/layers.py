@@ -41,6 +41,7 @@ from megatron.mpu.deferral import current_deferral
 from megatron.mpu.init import InitMethod, create_parameter, zeros
 from megatron.mpu.parallel_state import Axis, ParallelState
 from megatron.mpu.shard_spec import ShardSpec
+from megatron.ops.matmul import add_product, linear_product, product
 
 
 def _new(
@@ -59,11 +60,8 @@ def _weight_gradient(
     """grad_output^T input [out, in]: added into ``main_grad`` where there is one, else returned."""
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
-        return grad_output.t() @ total_input
-    if main_grad.dtype == grad_output.dtype:
-        main_grad.addmm_(grad_output.t(), total_input)
-    else:
-        main_grad.add_(grad_output.t() @ total_input)
+        return product(grad_output.t(), total_input)
+    add_product(main_grad, grad_output.t(), total_input)
     return None
 
 
@@ -106,7 +104,7 @@ class _Linear(torch.autograd.Function):
         if split_sequence:
             assert grad_axis is not None
             x = all_gather(x, grad_axis)
-        return F.linear(x, weight, bias)
+        return linear_product(x, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
@@ -119,7 +117,7 @@ class _Linear(torch.autograd.Function):
         if need_weight and not deferred and gather_axis is not None:
             gathered = start_all_gather(x, gather_axis)
         if need_input:
-            finish = _start_input_gradient(ctx, grads @ weight, grad_output)
+            finish = _start_input_gradient(ctx, product(grads, weight), grad_output)
         if need_weight and not deferred:
             total_input = x if gathered is None else gathered.wait()
             grad_weight = _weight_gradient(weight, grads, _flatten(total_input))
