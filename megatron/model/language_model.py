@@ -15,7 +15,7 @@ from megatron.config import Config
 from megatron.model.embedding import Embedding
 from megatron.model.enums import LayerType
 from megatron.model.linear import WholeLinear
-from megatron.model.module import parameter_dtype, splits_sequence
+from megatron.model.module import parameter_dtype, splits_sequence, to_stream
 from megatron.model.positions import RelativeBias, rotations
 from megatron.model.transformer import Context, ParallelTransformer
 from megatron.mpu import ParallelState, Stage, reduce_from_tensor_region
@@ -191,11 +191,7 @@ class TransformerLanguageModel(nn.Module):
         tokentype_ids: torch.Tensor | None,
     ) -> torch.Tensor:
         assert self.embedding is not None, "set_input_tensor before a later stage's forward"
-        embedded = self.embedding(input_ids, position_ids, tokentype_ids)
-        exact = self.config.model.fp32_residual_connection
-        return (
-            embedded.to(torch.promote_types(embedded.dtype, torch.float32)) if exact else embedded
-        )
+        return to_stream(self.embedding(input_ids, position_ids, tokentype_ids), self.config)
 
     def _parts_of(
         self, received: torch.Tensor | None, encoder_length: int

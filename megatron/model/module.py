@@ -44,6 +44,12 @@ def stream_dtype(config: Config) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if exact else dtype
 
 
+def to_stream(x: torch.Tensor, config: Config) -> torch.Tensor:
+    """``x``, made by a model in its format, in the format of the residual stream."""
+    exact = config.model.fp32_residual_connection
+    return x.to(torch.promote_types(x.dtype, torch.float32)) if exact else x
+
+
 def splits_sequence(config: Config, state: ParallelState) -> bool:
     """Whether the residual stream is split along the sequence over the tensor ranks."""
     return config.parallel.sequence_parallel and state.tensor.size > 1

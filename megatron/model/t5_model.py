@@ -22,7 +22,7 @@ from megatron.model.module import (
     MegatronModule,
     in_half,
     new_parameter,
-    stream_dtype,
+    to_stream,
 )
 from megatron.mpu import ParallelState, ShardSpec, Stage, parallel_lm_logits
 from megatron.mpu.init import zeros
@@ -138,7 +138,7 @@ class T5Model(MegatronModule):
             output_enc_hidden=output_enc_hidden,
         )
         if self.lm_head is None or output_enc_hidden:
-            return hidden.to_send().to(stream_dtype(self.config))
+            return to_stream(hidden.to_send(), self.config)
         weight = (
             self.word_embeddings_weight() if self.output_layer is None else self.output_layer.weight
         )
