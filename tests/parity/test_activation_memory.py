@@ -60,6 +60,8 @@ def _bytes_held(model: torch.nn.Module, run: Callable[[], torch.Tensor]) -> int:
     held: dict[int, tuple[torch.Tensor, int]] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
+        # A node that held its own output would never be freed, and with it the process groups.
+        tensor = tensor.detach()
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
             # The tensor is kept, so that no other one gets its memory and is taken for it.
