@@ -1,8 +1,8 @@
 """Matrix products, by the faster of the libraries at hand.
 
 On the CPU PyTorch hands float32 products to MKL, which on AMD's processors runs at about half the
-speed of oneDNN, the other library that PyTorch is built with. There they go to oneDNN. The choice depends on the kind of processor alone, so that a run gives the same bits each
-time.
+speed of oneDNN, the other library that PyTorch is built with. There they go to oneDNN. The choice
+depends on the kind of processor alone, so that a run gives the same bits each time.
 """
 
 from __future__ import annotations
