@@ -54,7 +54,6 @@ class GPTModel(MegatronModule):
         pre_process: bool | None = None,
         post_process: bool | None = None,
     ) -> None:
-        untied = config.model.untie_embeddings_and_output_weights
         super().__init__(
             config,
             state,
@@ -62,7 +61,6 @@ class GPTModel(MegatronModule):
             pre_process=pre_process,
             post_process=post_process,
             parallel_output=parallel_output,
-            share_word_embeddings=not untied,
         )
         self.language_model: TransformerLanguageModel
         self.language_model, name = get_language_model(
@@ -74,7 +72,7 @@ class GPTModel(MegatronModule):
         )
         self.output_layer = (
             OutputLayer(config, state, f"{name}.output_layer")
-            if untied and self.post_process
+            if self.post_process and not self.share_word_embeddings
             else None
         )
         self.initialize_word_embeddings()

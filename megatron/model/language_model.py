@@ -13,7 +13,7 @@ from torch import nn
 
 from megatron.config import Config
 from megatron.model.embedding import Embedding
-from megatron.model.enums import LayerType
+from megatron.model.enums import AttnMaskType, LayerType
 from megatron.model.linear import WholeLinear
 from megatron.model.module import parameter_dtype, splits_sequence, to_stream
 from megatron.model.positions import RelativeBias, rotations
@@ -97,8 +97,11 @@ class TransformerLanguageModel(nn.Module):
         self.encoder_bias = self.decoder_bias = None
         if config.model.position_embedding_type == "relative":
             biases = (
-                RelativeBias(config, state, stage, f"{name}.{stack}.relative_bias", causal=causal)
-                for stack, causal in (("encoder", False), ("decoder", True))
+                RelativeBias(config, state, stage, f"{name}.{stack}.relative_bias", mask_type)
+                for stack, mask_type in (
+                    ("encoder", AttnMaskType.padding),
+                    ("decoder", AttnMaskType.causal),
+                )
             )
             self.encoder_bias, self.decoder_bias = biases
         self.encoder = self.decoder = None

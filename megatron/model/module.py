@@ -69,7 +69,6 @@ class MegatronModule(nn.Module):
 
     Args:
         parallel_output: whether logits stay split along the vocabulary.
-        share_word_embeddings: whether the output layer scores tokens by the word embeddings.
     """
 
     model_type = ModelType.encoder_or_decoder
@@ -84,7 +83,6 @@ class MegatronModule(nn.Module):
         pre_process: bool | None = None,
         post_process: bool | None = None,
         parallel_output: bool = True,
-        share_word_embeddings: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
@@ -93,7 +91,8 @@ class MegatronModule(nn.Module):
         self.pre_process = stage.is_first if pre_process is None else pre_process
         self.post_process = stage.is_last if post_process is None else post_process
         self.parallel_output = parallel_output
-        self.share_word_embeddings = share_word_embeddings
+        # Whether tokens are scored by the word embeddings, not by an output layer of their own.
+        self.share_word_embeddings = not config.model.untie_embeddings_and_output_weights
 
     def set_input_tensor(self, input_tensor: torch.Tensor | None) -> None:
         """Give the activation that the previous stage sent, for the next forward."""

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from megatron.config import Config
+from megatron.model.enums import AttnMaskType
 from megatron.model.initial import init_methods
 from megatron.model.module import new_parameter
 from megatron.mpu import ParallelState, ShardSpec, Stage
@@ -46,15 +47,20 @@ class RelativeBias(nn.Module):
     it; those behind the first hold copies that are tied to the first one's.
 
     Args:
-        causal: whether keys are never ahead, so that all buckets are for distances backwards.
+        mask_type: where keys are never ahead, all buckets are for distances backwards.
     """
 
     def __init__(
-        self, config: Config, state: ParallelState, stage: Stage, name: str, *, causal: bool
+        self,
+        config: Config,
+        state: ParallelState,
+        stage: Stage,
+        name: str,
+        mask_type: AttnMaskType,
     ) -> None:
         super().__init__()
         model = config.model
-        self.causal = causal
+        self.causal = mask_type is AttnMaskType.causal
         self.buckets = model.relative_attention_num_buckets
         self.max_distance = model.relative_attention_max_distance
         owner = f"{name}.weight"

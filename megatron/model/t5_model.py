@@ -71,7 +71,6 @@ class T5Model(MegatronModule):
         add_encoder: bool | None = None,
         add_decoder: bool | None = None,
     ) -> None:
-        untied = config.model.untie_embeddings_and_output_weights
         super().__init__(
             config,
             state,
@@ -79,7 +78,6 @@ class T5Model(MegatronModule):
             pre_process=pre_process,
             post_process=post_process,
             parallel_output=parallel_output,
-            share_word_embeddings=not untied,
         )
         self.language_model: TransformerLanguageModel
         self.language_model, name = get_language_model(
@@ -94,7 +92,7 @@ class T5Model(MegatronModule):
         self.lm_head = self.output_layer = None
         if self.post_process:
             self.lm_head = T5LMHead(config, state, "lm_head")
-            if untied:
+            if not self.share_word_embeddings:
                 self.output_layer = OutputLayer(config, state, f"{name}.output_layer")
         self.initialize_word_embeddings()
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.model import T5Model
+from megatron.model import AttnMaskType, T5Model
 from megatron.model.positions import RelativeBias
 from megatron.mpu import ParallelState, Topology
 from megatron.mpu.collectives import all_gather_last_dim
@@ -102,7 +102,8 @@ def test_buckets_are_those_of_the_paper(causal: bool) -> None:
     modeling = pytest.importorskip("transformers.models.t5.modeling_t5")
     config = _config(position_embedding_type="relative", relative_attention_max_distance=50)
     (stage,) = encoder_decoder_stages((3,), (2,), split=0)
-    bias = RelativeBias(config, ParallelState.single(), stage, "b", causal=causal)
+    mask_type = AttnMaskType.causal if causal else AttnMaskType.padding
+    bias = RelativeBias(config, ParallelState.single(), stage, "b", mask_type)
     distance = torch.arange(-90, 91)
     expected = modeling.T5Attention._relative_position_bucket(
         distance, bidirectional=not causal, num_buckets=32, max_distance=50
