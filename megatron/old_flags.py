@@ -87,6 +87,7 @@ OLD_FLAGS: dict[str, OldFlag] = {
     "checkpoint-activations": StandsFor(_FULL | {"recompute-method": "uniform"}),
     "group-query-attention": StandsFor({"num-query-groups": "1"}),
     "no-position-embedding": StandsFor(_ROPE),
+    "openai-gelu": StandsFor({"activation": "gelu_tanh"}),
     "recompute-activations": StandsFor({"recompute-granularity": "selective"}),
     "use-rotary-position-embeddings": StandsFor(_ROPE),
     # Processes and their groups

@@ -5,6 +5,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from megatron.config import Config
+from megatron.config.model import ACTIVATIONS
 
 SMALL: dict[str, Any] = {
     "num_layers": 4,
@@ -74,7 +75,8 @@ def valid_values(draw: st.DrawFn) -> tuple[dict[str, Any], int]:
 def _layers(draw: st.DrawFn, model: str, tensor: int) -> dict[str, Any]:
     groups = tensor * draw(st.integers(1, 3))
     heads = groups * draw(st.integers(1, 3))
-    activation = draw(st.sampled_from(["swiglu", "geglu", "openai_gelu"]))
+    gate = draw(st.sampled_from([None, "swiglu", "geglu"]))
+    position = draw(st.sampled_from(["pre"] if model == "t5" else ["pre", "post"]))
     precision = draw(st.sampled_from(["fp16", "bf16", "fp64"]))
     values = {
         "num_attention_heads": heads,
@@ -83,17 +85,32 @@ def _layers(draw: st.DrawFn, model: str, tensor: int) -> dict[str, Any]:
         "ffn_hidden_size": tensor * draw(st.integers(1, 64)),
         "normalization": draw(st.sampled_from(["LayerNorm", "RMSNorm"])),
         "layernorm_epsilon": draw(st.floats(1e-12, 1)),
-        "apply_residual_connection_post_layernorm": draw(st.booleans()),
+        "norm_position": position,
+        "apply_residual_connection_post_layernorm": position == "pre" and draw(st.booleans()),
         "disable_bias_linear": draw(st.booleans()),
         "hidden_dropout": draw(_probability),
         "attention_backend": draw(st.sampled_from(["auto", "unfused"])),
-        activation: draw(st.booleans()),
+        "activation": "gelu" if gate == "swiglu" else draw(st.sampled_from(ACTIVATIONS)),
+        "attention_scale": draw(st.none() | st.floats(1e-3, 10)),
         precision: (is_given := draw(st.booleans())),
-        "fp32_residual_connection": is_given and precision != "fp64" and draw(st.booleans()),
+        "fp32_residual_connection": (
+            is_given and precision != "fp64" and position == "pre" and draw(st.booleans())
+        ),
         "bert_no_binary_head": model == "bert" and draw(st.booleans()),
-        "untie_embeddings_and_output_weights": model != "bert" and draw(st.booleans()),
+        "untie_embeddings_and_output_weights": draw(st.booleans()),
     }
-    match draw(st.sampled_from(["learned_absolute", "rope"] + ["relative"] * (model == "t5"))):
+    if gate is not None:
+        values[gate] = True
+    if model == "bert":
+        values["num_tokentypes"] = draw(st.integers(0, 3))
+        values["head_activation"] = draw(st.none() | st.sampled_from(ACTIVATIONS))
+    else:
+        values["logit_scale"] = draw(st.floats(1e-3, 10))
+    positions = ["learned_absolute", "rope"]
+    positions += {"bert": ["relative_key", "relative_key_query"], "t5": ["relative"]}.get(model, [])
+    match draw(st.sampled_from(positions)):
+        case "relative_key" | "relative_key_query" as kind:
+            values["position_embedding_type"] = kind
         case "rope":
             values |= {"position_embedding_type": "rope", "rotary_base": draw(st.floats(2, 1e6))}
         case "relative":

@@ -296,9 +296,23 @@ MISTAKES: list[tuple[dict[str, Any], int, str]] = [
     (GPT | {"mask_prob": 0.2}, 1, "--mask-prob is for BERT and T5 alone; the model is GPT"),
     (GPT | {"short_seq_prob": 0.2}, 1, "--short-seq-prob is for BERT and T5 alone"),
     (
-        {"untie_embeddings_and_output_weights": True},
+        {"norm_position": "post", "bf16": True, "fp32_residual_connection": True},
         1,
-        "--untie-embeddings-and-output-weights is for GPT and T5 alone; the model is BERT",
+        "--fp32-residual-connection and --norm-position post exclude each other",
+    ),
+    (T5 | {"norm_position": "post"}, 1, "--norm-position post is for BERT and GPT alone"),
+    (GPT | {"head_activation": "relu"}, 1, "--head-activation is for BERT alone"),
+    (GPT | {"num_tokentypes": 3}, 1, "--num-tokentypes is for BERT alone; the model is GPT"),
+    ({"logit_scale": 0.5}, 1, "--logit-scale is for GPT and T5 alone; the model is BERT"),
+    (
+        T5 | {"position_embedding_type": "relative_key"},
+        1,
+        "--position-embedding-type relative_key is for BERT alone; the model is T5",
+    ),
+    (
+        {"norm_position": "post", "apply_residual_connection_post_layernorm": True},
+        1,
+        "--norm-position post and --apply-residual-connection-post-layernorm exclude each other",
     ),
     (T5 | {"bert_no_binary_head": True}, 1, "--bert-no-binary-head is for BERT alone"),
     # Layers
@@ -333,7 +347,11 @@ MISTAKES: list[tuple[dict[str, Any], int, str]] = [
         "--relative-attention-num-buckets 32",
     ),
     ({"swiglu": True, "geglu": True}, 1, "--swiglu and --geglu exclude each other"),
-    ({"swiglu": True, "openai_gelu": True}, 1, "--swiglu and --openai-gelu exclude each other"),
+    (
+        {"swiglu": True, "activation": "relu"},
+        1,
+        "--swiglu and --activation relu exclude each other",
+    ),
     ({"fp32_residual_connection": True}, 1, "--fp32-residual-connection needs --fp16 or --bf16"),
     # Layouts
     (

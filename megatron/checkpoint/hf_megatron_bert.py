@@ -150,7 +150,7 @@ def hugging_face_config(
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_attention_heads,
         "intermediate_size": model.ffn_size,
-        "hidden_act": "gelu_new" if model.openai_gelu else "gelu",
+        "hidden_act": "gelu_new" if model.activation == "gelu_tanh" else "gelu",
         "hidden_dropout_prob": model.hidden_dropout,
         "attention_probs_dropout_prob": model.attention_dropout,
         "max_position_embeddings": model.max_position_embeddings,

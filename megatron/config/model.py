@@ -6,6 +6,23 @@ from dataclasses import dataclass
 from megatron.config.flags import flag
 from megatron.errors import ConfigError
 
+# The names of `megatron.ops.activation`, which imports torch.
+ACTIVATIONS = (
+    "gelu",
+    "gelu_tanh",
+    "gelu_10",
+    "laplace",
+    "linear",
+    "mish",
+    "quick_gelu",
+    "relu",
+    "relu2",
+    "relu6",
+    "sigmoid",
+    "silu",
+    "tanh",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -59,14 +76,20 @@ class ModelConfig:
         bounds="[1, inf)",
     )
     untie_embeddings_and_output_weights: bool = flag(
-        "give GPT or T5 an output layer of its own in place of the word embeddings", default=False
+        "give the model an output layer of its own in place of the word embeddings", default=False
+    )
+    num_tokentypes: int = flag(
+        "kinds of segments that BERT tells apart; 0 for no such embedding",
+        default=2,
+        bounds="[0, inf)",
     )
 
     position_embedding_type: str = flag(
-        "how positions are told apart: a learned vector each, rotated queries and keys, or T5's "
-        "learned bias by distance",
+        "how positions are told apart: a learned vector each; rotated queries and keys; T5's "
+        "learned bias by distance; or a learned vector for each distance, which queries (and with "
+        "relative_key_query also keys) are compared with",
         default="learned_absolute",
-        choices=("learned_absolute", "rope", "relative"),
+        choices=("learned_absolute", "rope", "relative", "relative_key", "relative_key_query"),
         topic="Kind of layer",
     )
     rotary_base: float = flag(
@@ -89,13 +112,36 @@ class ModelConfig:
     layernorm_epsilon: float = flag(
         "constant under the square root of the normalisation", default=1e-5, bounds="(0, inf)"
     )
+    norm_position: str = flag(
+        "pre: normalise what a block reads, and once more behind the last layer; post: normalise "
+        "the embedding and the sum that each block makes, as the original BERT",
+        default="pre",
+        choices=("pre", "post"),
+    )
     apply_residual_connection_post_layernorm: bool = flag(
         "take residuals behind the normalisation of a block's input, not before it", default=False
     )
+    activation: str = flag("activation of the MLP", default="gelu", choices=ACTIVATIONS)
+    head_activation: str | None = flag(
+        "activation of BERT's masked-LM head; that of the MLP where not given",
+        default=None,
+        choices=ACTIVATIONS,
+    )
     swiglu: bool = flag("gate the MLP by x sigmoid(x)", default=False)
-    geglu: bool = flag("gate the MLP by GELU", default=False)
-    disable_bias_linear: bool = flag("linear layers without biases", default=False)
-    openai_gelu: bool = flag("use the tanh form of GELU everywhere, not erf", default=False)
+    geglu: bool = flag("gate the MLP by the activation, GELU or another", default=False)
+    disable_bias_linear: bool = flag(
+        "linear layers, and T5's scores of tokens, without biases", default=False
+    )
+    attention_scale: float | None = flag(
+        "factor of attention scores; 1 / sqrt(width of a head) where not given",
+        default=None,
+        bounds="(0, inf)",
+    )
+    logit_scale: float = flag(
+        "factor of the hidden states from which GPT and T5 score tokens",
+        default=1.0,
+        bounds="(0, inf)",
+    )
     bert_no_binary_head: bool = flag(
         "BERT without next-sentence prediction: no pooler, no binary head", default=False
     )
@@ -170,6 +216,16 @@ class ModelConfig:
     def decoder_layers(self) -> int:
         """Layers of an encoder-decoder's decoder."""
         return self.decoder_num_layers or self.num_layers
+
+    @property
+    def has_distances(self) -> bool:
+        """Whether every attention layer has a learned vector for each distance."""
+        return self.position_embedding_type.startswith("relative_key")
+
+    @property
+    def lm_head_activation(self) -> str:
+        """Activation of BERT's masked-LM head."""
+        return self.head_activation or self.activation
 
     @property
     def is_gated(self) -> bool:

@@ -6,14 +6,18 @@ values, d head size, t tensor size.
 
 from __future__ import annotations
 
+import math
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
 from torch import nn
 
 from megatron.config import Config
+from megatron.model.distances import Distances
 from megatron.model.initial import init_methods
 from megatron.model.module import parameter_dtype
+from megatron.model.probe import Probe
 from megatron.mpu import ColumnParallelLinear, ParallelState, RowParallelLinear, recompute
 from megatron.ops.attention import AttentionCore, AttentionMask
 from megatron.ops.rotary import Rotation, rotate
@@ -26,10 +30,20 @@ class ParallelAttention(nn.Module):
     and the value that they share (arXiv 2305.13245). An equal cut of them gives each rank whole
     heads with all that belongs to them. Across, ``query`` is ordered [n, d] and ``key_value``
     [g, 2, d].
+
+    Args:
+        distances: whether it has vectors for distances; by default where the configuration has
+            them and it is not across.
     """
 
     def __init__(
-        self, config: Config, state: ParallelState, name: str, *, cross: bool = False
+        self,
+        config: Config,
+        state: ParallelState,
+        name: str,
+        *,
+        cross: bool = False,
+        distances: bool | None = None,
     ) -> None:
         super().__init__()
         self.state = state
@@ -41,7 +55,9 @@ class ParallelAttention(nn.Module):
             AttentionCore,
             fused=model.attention_backend == "auto",
             softmax_in_fp32=model.attention_softmax_in_fp32,
+            scale=model.attention_scale,
         )
+        self.scale = model.attention_scale or 1.0 / math.sqrt(self.head_size)
         self.training_core, self.core = core(dropout=model.attention_dropout), core()
         init, scaled_init = init_methods(config)
         bias, split = not model.disable_bias_linear, config.parallel.sequence_parallel
@@ -69,9 +85,16 @@ class ParallelAttention(nn.Module):
         else:
             self.query_key_value = column(width + 2 * kv_width, "query_key_value")
             with_keys = self.query_key_value
-        # A turned key's bias differs between positions, and then the softmax sees it.
+        self.distance_embedding = None
+        if model.has_distances and not cross if distances is None else distances:
+            self.distance_embedding = Distances(config, state, f"{name}.distance_embedding")
+        # A turned key's bias differs between positions, and then the softmax sees it; so it does
+        # that of a key which is compared with distances.
         is_turned = model.position_embedding_type == "rope" and not cross
         self.turned_channels = model.rotary_channels if is_turned else 0
+        if self.distance_embedding is not None and self.distance_embedding.with_keys:
+            self.turned_channels = self.head_size
+        self.shows_keys = False
         if with_keys.bias is not None and self.turned_channels < self.head_size:
             with_keys.bias.register_hook(self._without_key_part)
         self.dense = RowParallelLinear(
@@ -89,8 +112,11 @@ class ParallelAttention(nn.Module):
         """The gradient of the bias with that of the keys' bias set to zero, where it is not turned.
 
         It adds the same number to all scores of a query, and the softmax does not see that: the
-        gradient is zero but for rounding, from which Adam would make full steps at random.
+        gradient is zero but for rounding, from which Adam would make full steps at random. Keys
+        that were handed out may have been used otherwise.
         """
+        if self.shows_keys:
+            return bias_gradient
         gradient = bias_gradient.clone()
         heads = 2 if hasattr(self, "key_value") else self.shared + 2
         gradient.view(-1, heads, self.head_size)[:, -2, self.turned_channels :] = 0.0
@@ -103,15 +129,57 @@ class ParallelAttention(nn.Module):
         *,
         rotation: Rotation | None = None,
         encoder_output: torch.Tensor | None = None,
+        probe: Probe | None = None,
     ) -> torch.Tensor:
         """[s, b, h], keys and values from x or, across, from [z, b, h] -> [s, b, h]
 
         With sequence parallelism s / t and z / t positions.
         """
+        self.shows_keys = probe is not None
+        if probe is not None:
+            return self.dense(self._attend_probed(x, mask, encoder_output, probe))
         query, key, value = self._project(x, encoder_output)
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
         return self.dense(self._attend(query, key, value, mask))  # [s, b, n d / t] -> [s, b, h]
+
+    def _attend_probed(
+        self,
+        x: torch.Tensor,
+        mask: AttentionMask,
+        encoder_output: torch.Tensor | None,
+        probe: Probe,
+    ) -> torch.Tensor:
+        """Attention with what was kept of earlier positions, leaving behind what is asked for."""
+        if probe.past is not None and encoder_output is not None:
+            query = self.query(x).unflatten(-1, (-1, self.head_size))
+            key, value = (_by_position(part) for part in probe.past)
+        else:
+            query, key, value = self._project(x, encoder_output)
+            if probe.past is not None:
+                past_key, past_value = (_by_position(part) for part in probe.past)
+                key, value = torch.cat((past_key, key)), torch.cat((past_value, value))
+        probe.cache = key.permute(1, 2, 0, 3), value.permute(1, 2, 0, 3)
+        core = self.training_core if self.training else self.core
+        mask = self._with_distances(query, key, mask, from_last=probe.past is not None)
+        with self._heads_drop_alone(core):
+            if not probe.needs_weights:
+                return core(query, key, value, mask)
+            context, weights = core.with_weights(query, key, value, mask, probe.head_mask)
+        if probe.wants_weights:
+            probe.weights = weights
+        return context
+
+    def _with_distances(
+        self, query: torch.Tensor, key: torch.Tensor, mask: AttentionMask, *, from_last: bool
+    ) -> AttentionMask:
+        """The mask with what the distances add to the scores."""
+        if self.distance_embedding is None:
+            return mask
+        if key.size(2) != query.size(2):
+            key = key.repeat_interleave(self.shared, dim=2)
+        bias = self.distance_embedding(query, key, from_last=from_last) * self.scale
+        return mask.with_bias(bias if mask.bias is None else bias + mask.bias)
 
     def _project(
         self, x: torch.Tensor, encoder_output: torch.Tensor | None
@@ -149,8 +217,15 @@ class ParallelAttention(nn.Module):
         value: torch.Tensor,
         mask: AttentionMask,
     ) -> torch.Tensor:
-        if core.dropout == 0.0:
+        mask = self._with_distances(query, key, mask, from_last=False)
+        with self._heads_drop_alone(core):
             return core(query, key, value, mask)
-        # Other heads live on the other tensor ranks: their weights drop independently.
-        with self.state.streams.split_region():
-            return core(query, key, value, mask)
+
+    def _heads_drop_alone(self, core: AttentionCore) -> AbstractContextManager[None]:
+        """Other heads live on the other tensor ranks: their weights drop independently."""
+        return self.state.streams.split_region() if core.dropout > 0.0 else nullcontext()
+
+
+def _by_position(cached: torch.Tensor) -> torch.Tensor:
+    """[b, g / t, z, d] -> [z, b, g / t, d]"""
+    return cached.permute(2, 0, 1, 3)

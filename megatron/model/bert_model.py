@@ -1,4 +1,4 @@
-"""BERT (arXiv 1810.04805) with pre-LayerNorm layers (arXiv 1909.08053).
+"""BERT (arXiv 1810.04805), by default with pre-LayerNorm layers (arXiv 1909.08053).
 
 Two heads stand on the encoder. The masked-LM head predicts the tokens that were masked; in
 training it is computed at the masked positions alone, gathered before it, which spares about 85 %
@@ -18,7 +18,6 @@ from torch import nn
 from megatron.config import Config
 from megatron.model.language_model import TransformerLanguageModel, get_language_model
 from megatron.model.linear import WholeLinear
-from megatron.model.mlp import gelu
 from megatron.model.module import (
     Float16Module,
     MegatronModule,
@@ -26,6 +25,7 @@ from megatron.model.module import (
     new_parameter,
     splits_sequence,
 )
+from megatron.model.output_layer import OutputLayer
 from megatron.model.residual import Norm
 from megatron.mpu import (
     ParallelState,
@@ -35,15 +35,16 @@ from megatron.mpu import (
     parallel_lm_logits,
 )
 from megatron.mpu.init import zeros
+from megatron.ops.activation import ACTIVATIONS
 from megatron.ops.attention import AttentionMask, padding_mask
 
 
 class BertLMHead(nn.Module):
-    """Hidden states to this rank's logits: dense, GELU, LayerNorm, word embeddings and a bias."""
+    """Hidden states to this rank's logits: dense, activation, norm, word embeddings and a bias."""
 
     def __init__(self, config: Config, state: ParallelState, name: str) -> None:
         super().__init__()
-        self.config = config
+        self.activation = ACTIVATIONS[config.model.lm_head_activation]
         self.axis = state.tensor
         vocab_size = config.model.vocab_size
         assert vocab_size is not None
@@ -55,7 +56,7 @@ class BertLMHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor, word_embeddings: torch.Tensor) -> torch.Tensor:
         """[..., h], [v / t, h] -> [..., v / t]"""
-        hidden = self.layernorm(gelu(self.dense(hidden), self.config))
+        hidden = self.layernorm(self.activation(self.dense(hidden)))
         return parallel_lm_logits(hidden, word_embeddings, self.axis, self.bias)
 
 
@@ -63,7 +64,7 @@ class BertModel(MegatronModule):
     """The part of BERT that one pipeline stage holds.
 
     Args:
-        num_tokentypes: rows of the token-type embedding; 0 for none.
+        num_tokentypes: rows of the token-type embedding; by default as the configuration says.
         add_binary_head: whether there is next-sentence prediction.
         parallel_output: whether logits stay split along the vocabulary.
     """
@@ -74,7 +75,7 @@ class BertModel(MegatronModule):
         state: ParallelState,
         stage: Stage,
         *,
-        num_tokentypes: int = 2,
+        num_tokentypes: int | None = None,
         add_binary_head: bool = True,
         parallel_output: bool = True,
         pre_process: bool | None = None,
@@ -89,16 +90,23 @@ class BertModel(MegatronModule):
             parallel_output=parallel_output,
         )
         self.language_model: TransformerLanguageModel
-        self.language_model, _ = get_language_model(
+        self.language_model, name = get_language_model(
             config,
             state,
             stage,
-            num_tokentypes=num_tokentypes,
+            num_tokentypes=(
+                config.model.num_tokentypes if num_tokentypes is None else num_tokentypes
+            ),
             add_pooler=add_binary_head,
             pre_process=self.pre_process,
             post_process=self.post_process,
         )
         self.lm_head = BertLMHead(config, state, "lm_head") if self.post_process else None
+        self.output_layer = (
+            OutputLayer(config, state, f"{name}.output_layer")
+            if self.post_process and not self.share_word_embeddings
+            else None
+        )
         self.binary_head = (
             WholeLinear(config, state, "binary_head", 2)
             if self.post_process and add_binary_head
@@ -137,7 +145,7 @@ class BertModel(MegatronModule):
             # All ranks go on with the same masked positions, hence have the same gradient.
             hidden = gather_from_sequence_region(hidden, self.state.tensor, whole_gradient=True)
         hidden = _at_positions(hidden, masked_positions)
-        logits = self.lm_head(hidden, self.word_embeddings_weight())
+        logits = self.lm_head(hidden, self.output_weight())
         binary_logits = None if self.binary_head is None else self.binary_head(pooled)
         return self.loss_or_logits(logits, lm_labels), binary_logits
 

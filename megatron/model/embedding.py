@@ -15,7 +15,7 @@ from torch import nn
 from megatron.config import Config
 from megatron.model.initial import init_methods
 from megatron.model.module import new_parameter, parameter_dtype, splits_sequence
-from megatron.model.residual import StreamDropout
+from megatron.model.residual import Norm, StreamDropout
 from megatron.mpu import ParallelState, ShardSpec, VocabParallelEmbedding
 from megatron.mpu.collectives import own_piece
 from megatron.mpu.init import zeros
@@ -28,6 +28,7 @@ class Embedding(nn.Module):
     Args:
         is_copy: whether this is a decoder's copy of the embedding on the first stage: zeros, until
             it is made equal (see `MegatronModule.initialize_word_embeddings`).
+        padding_idx: the token whose embedding gets no gradient from where it was looked up.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class Embedding(nn.Module):
         num_tokentypes: int = 0,
         *,
         is_copy: bool = False,
+        padding_idx: int | None = None,
     ) -> None:
         super().__init__()
         model = config.model
         assert model.vocab_size is not None, "the vocabulary's size is set from the tokenizer"
         self.axis = state.tensor if splits_sequence(config, state) else None
         self.dropout = StreamDropout(config, state)
+        self.padding_idx = padding_idx
         own, owner = (f"{name}_copy", name) if is_copy else (name, None)
         self.word_embeddings = VocabParallelEmbedding(
             model.vocab_size,
@@ -67,18 +70,23 @@ class Embedding(nn.Module):
             else None
         )
 
+        self.layernorm = (
+            Norm(config, state, f"{own}.layernorm") if model.norm_position == "post" else None
+        )
+
     def forward(
         self,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None = None,
         tokentype_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """i64[b, s] each -> [s, b, h], or [s / t, b, h] with sequence parallelism.
 
-        Positions count from 0 where they are not given.
+        Positions count from 0 where they are not given. `inputs_embeds` [b, s, h] stand in place
+        of the word embeddings.
         """
-        # The ids are transposed rather than what is looked up: b s numbers instead of b s h.
-        x = self.word_embeddings(input_ids.t())
+        x = self._words(input_ids) if inputs_embeds is None else inputs_embeds.transpose(0, 1)
         if self.position_embeddings is not None:
             if position_ids is None:
                 rows = self.position_embeddings.weight[: input_ids.size(1)]
@@ -89,7 +97,17 @@ class Embedding(nn.Module):
             if tokentype_ids is None:
                 tokentype_ids = torch.zeros_like(input_ids)
             x = x + self.tokentype_embeddings(self._own_positions(tokentype_ids.t()))
-        return self.dropout(x)
+        return self.dropout(x if self.layernorm is None else self.layernorm(x))
+
+    def _words(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """i64[b, s] -> [s or s / t, b, h]"""
+        # The ids are transposed rather than what is looked up: b s numbers instead of b s h.
+        ids = input_ids.t()
+        x = self.word_embeddings(ids)
+        if self.padding_idx is None:
+            return x
+        is_padding = self._own_positions(ids == self.padding_idx).unsqueeze(-1)
+        return torch.where(is_padding, x.detach(), x)
 
     def _own_positions(self, sequence: torch.Tensor) -> torch.Tensor:
         """[s, ...] -> the part of this rank."""

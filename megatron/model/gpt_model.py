@@ -11,30 +11,13 @@ t tensor size.
 from __future__ import annotations
 
 import torch
-from torch import nn
 
 from megatron.config import Config
-from megatron.model.initial import init_methods
 from megatron.model.language_model import TransformerLanguageModel, get_language_model
-from megatron.model.module import Float16Module, MegatronModule, in_half, new_parameter
-from megatron.mpu import ParallelState, ShardSpec, Stage, parallel_lm_logits
+from megatron.model.module import Float16Module, MegatronModule, in_half
+from megatron.model.output_layer import OutputLayer, scaled
+from megatron.mpu import ParallelState, Stage, parallel_lm_logits
 from megatron.ops.attention import AttentionMask
-
-
-class OutputLayer(nn.Module):
-    """An output layer of its own: a weight for each token, split along the vocabulary."""
-
-    def __init__(self, config: Config, state: ParallelState, name: str) -> None:
-        super().__init__()
-        vocab_size = config.model.vocab_size
-        assert vocab_size is not None, "the vocabulary's size is set from the tokenizer"
-        spec = ShardSpec(
-            f"{name}.weight",
-            (vocab_size, config.model.hidden_size),
-            dim=0,
-            padded=config.model.padded_vocab_size(state.tensor.size),
-        )
-        self.weight = new_parameter(config, state, spec, init_methods(config)[0])
 
 
 class GPTModel(MegatronModule):
@@ -103,8 +86,8 @@ class GPTModel(MegatronModule):
         if not self.post_process:
             return hidden
         logits = parallel_lm_logits(
-            hidden,
-            self._output_weight(),
+            scaled(hidden, self.config),
+            self.output_weight(),
             self.state.tensor,
             None,
             sequence_parallel=self.config.parallel.sequence_parallel,
@@ -112,11 +95,6 @@ class GPTModel(MegatronModule):
         if labels is None:
             return self.loss_or_logits(logits.transpose(0, 1), None)
         return self.loss_or_logits(logits, labels.t()).t()
-
-    def _output_weight(self) -> torch.Tensor:
-        if self.output_layer is not None:
-            return self.output_layer.weight
-        return self.word_embeddings_weight()
 
 
 def build_gpt(config: Config, state: ParallelState, stage: Stage) -> MegatronModule | Float16Module:

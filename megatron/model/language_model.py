@@ -17,6 +17,7 @@ from megatron.model.enums import AttnMaskType, LayerType
 from megatron.model.linear import WholeLinear
 from megatron.model.module import parameter_dtype, splits_sequence, to_stream
 from megatron.model.positions import RelativeBias, rotations
+from megatron.model.probe import Extras
 from megatron.model.transformer import Context, ParallelTransformer
 from megatron.mpu import ParallelState, Stage, reduce_from_tensor_region
 from megatron.ops.attention import AttentionMask
@@ -70,6 +71,9 @@ class TransformerLanguageModel(nn.Module):
         add_decoder: whether the stage is part of a decoder beside an encoder.
         add_pooler: whether the last stage pools.
         pre_process, post_process: whether the model begins, and ends, here.
+        layer_type: of the only stack of layers: whether it also attends to what it is given of an
+            encoder (see `Extras`); `cross_distances`: then with vectors for distances.
+        padding_idx: the token whose embedding gets no gradient from where it was looked up.
     """
 
     def __init__(
@@ -84,6 +88,9 @@ class TransformerLanguageModel(nn.Module):
         add_pooler: bool = False,
         pre_process: bool = True,
         post_process: bool = True,
+        layer_type: LayerType = LayerType.encoder,
+        cross_distances: bool = False,
+        padding_idx: int | None = None,
     ) -> None:
         super().__init__()
         name = "language_model"
@@ -92,7 +99,12 @@ class TransformerLanguageModel(nn.Module):
         self.embedding: Embedding | None = None
         if pre_process or stage.begins_decoder:
             self.embedding = Embedding(
-                config, state, f"{name}.embedding", num_tokentypes, is_copy=not pre_process
+                config,
+                state,
+                f"{name}.embedding",
+                num_tokentypes,
+                is_copy=not pre_process,
+                padding_idx=padding_idx,
             )
         self.encoder_bias = self.decoder_bias = None
         if config.model.position_embedding_type == "relative":
@@ -112,6 +124,8 @@ class TransformerLanguageModel(nn.Module):
                 stage.layers,
                 name=f"{name}.encoder",
                 post_process=stage.ends_encoder if stage.split is not None else post_process,
+                layer_type=layer_type,
+                cross_distances=cross_distances,
             )
         if add_decoder:
             self.decoder = ParallelTransformer(
@@ -144,6 +158,7 @@ class TransformerLanguageModel(nn.Module):
         pooling_sequence_index: int = 0,
         enc_hidden_states: torch.Tensor | None = None,
         output_enc_hidden: bool = False,
+        extras: Extras | None = None,
     ) -> Hidden:
         """Run this stage.
 
@@ -155,14 +170,18 @@ class TransformerLanguageModel(nn.Module):
             pooling_sequence_index: the position that the pooler reads.
             enc_hidden_states: [s, b, h], an encoder's output to use in place of running one.
             output_enc_hidden: end behind the encoder, though there is a decoder.
+            extras: what else the only stack of layers is given, and leaves behind.
         """
         received, self._input_tensor = self._input_tensor, None
         stream, encoder_output = received, enc_hidden_states
         if self.encoder is not None and encoder_output is None:
             if received is None:
-                stream = self._embed(enc_input_ids, enc_position_ids, tokentype_ids)
+                embeds = None if extras is None else extras.inputs_embeds
+                stream = self._embed(enc_input_ids, enc_position_ids, tokentype_ids, embeds)
             assert stream is not None
             context = self._context(enc_input_ids, enc_position_ids, enc_attn_mask, "encoder")
+            if extras is not None:
+                context = context.with_extras(extras)
             stream = self.encoder(stream, context)
             if self.decoder is None or output_enc_hidden:
                 pooled = (
@@ -192,9 +211,11 @@ class TransformerLanguageModel(nn.Module):
         input_ids: torch.Tensor,
         position_ids: torch.Tensor | None,
         tokentype_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         assert self.embedding is not None, "set_input_tensor before a later stage's forward"
-        return to_stream(self.embedding(input_ids, position_ids, tokentype_ids), self.config)
+        x = self.embedding(input_ids, position_ids, tokentype_ids, inputs_embeds)
+        return to_stream(x, self.config)
 
     def _parts_of(
         self, received: torch.Tensor | None, encoder_length: int

@@ -13,11 +13,7 @@ from megatron.config import Config
 from megatron.model.initial import init_methods
 from megatron.model.module import parameter_dtype
 from megatron.mpu import ColumnParallelLinear, ParallelState, RowParallelLinear
-
-
-def gelu(x: torch.Tensor, config: Config) -> torch.Tensor:
-    """x Phi(x) (arXiv 1606.08415), or its tanh form where the configuration says so."""
-    return F.gelu(x, approximate="tanh" if config.model.openai_gelu else "none")
+from megatron.ops.activation import ACTIVATIONS
 
 
 class ParallelMLP(nn.Module):
@@ -29,10 +25,11 @@ class ParallelMLP(nn.Module):
 
     def __init__(self, config: Config, state: ParallelState, name: str) -> None:
         super().__init__()
-        self.config = config
+        self.is_gated = config.model.is_gated
+        self.activation = F.silu if config.model.swiglu else ACTIVATIONS[config.model.activation]
         init, scaled_init = init_methods(config)
         h, f = config.model.hidden_size, config.model.ffn_size
-        blocks = (f, f) if config.model.is_gated else (f,)
+        blocks = (f, f) if self.is_gated else (f,)
         bias = not config.model.disable_bias_linear
         dtype, split = parameter_dtype(config), config.parallel.sequence_parallel
         self.dense_h_to_4h = ColumnParallelLinear(
@@ -63,7 +60,7 @@ class ParallelMLP(nn.Module):
 
     def _activate(self, hidden: torch.Tensor) -> torch.Tensor:
         """[s, b, f / t], or [s, b, 2 f / t] where it is gated -> [s, b, f / t]"""
-        if not self.config.model.is_gated:
-            return gelu(hidden, self.config)
+        if not self.is_gated:
+            return self.activation(hidden)
         gate, linear = hidden.chunk(2, dim=-1)
-        return (F.silu(gate) if self.config.model.swiglu else gelu(gate, self.config)) * linear
+        return self.activation(gate) * linear

@@ -108,16 +108,7 @@ class MegatronModule(nn.Module):
             return
         embedding = getattr(self.language_model, "embedding", None)
         if self.post_process and self.share_word_embeddings and embedding is None:
-            self.word_embeddings = VocabParallelEmbedding(
-                _known_vocab_size(self.config),
-                self.config.model.hidden_size,
-                name="word_embeddings_for_head",
-                tied_to=_WORD_EMBEDDINGS,
-                padded=self.config.model.padded_vocab_size(self.state.tensor.size),
-                state=self.state,
-                init_method=zeros,
-                dtype=parameter_dtype(self.config),
-            )
+            self.word_embeddings = word_embeddings_copy(self.config, self.state)
         if embedding is not None or (self.post_process and self.share_word_embeddings):
             # A last stage with an output layer of its own has no part in it.
             shared = self.share_word_embeddings
@@ -142,6 +133,11 @@ class MegatronModule(nn.Module):
         assert isinstance(weight, torch.Tensor)
         return weight
 
+    def output_weight(self) -> torch.Tensor:
+        """What scores tokens on the last stage, [v / t, h]: an output layer, or word embeddings."""
+        layer = getattr(self, "output_layer", None)
+        return self.word_embeddings_weight() if layer is None else layer.weight
+
     def loss_or_logits(self, logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """The loss of each label, or without labels the logits, split as the model says.
 
@@ -164,6 +160,20 @@ class MegatronModule(nn.Module):
             for parameter in self.parameters()
             if parameter.shard_spec.tied_to is None  # type: ignore[attr-defined]
         }
+
+
+def word_embeddings_copy(config: Config, state: ParallelState) -> VocabParallelEmbedding:
+    """The last stage's copy of the first one's word embedding: zeros, until it is made equal."""
+    return VocabParallelEmbedding(
+        _known_vocab_size(config),
+        config.model.hidden_size,
+        name="word_embeddings_for_head",
+        tied_to=_WORD_EMBEDDINGS,
+        padded=config.model.padded_vocab_size(state.tensor.size),
+        state=state,
+        init_method=zeros,
+        dtype=parameter_dtype(config),
+    )
 
 
 def _equalise(weight: torch.Tensor, axis: Axis | None) -> None:

@@ -15,7 +15,6 @@ from torch import nn
 
 from megatron.config import Config
 from megatron.model.enums import ModelType
-from megatron.model.gpt_model import OutputLayer
 from megatron.model.language_model import TransformerLanguageModel, get_language_model
 from megatron.model.module import (
     Float16Module,
@@ -24,13 +23,17 @@ from megatron.model.module import (
     new_parameter,
     to_stream,
 )
+from megatron.model.output_layer import OutputLayer, scaled
 from megatron.mpu import ParallelState, ShardSpec, Stage, parallel_lm_logits
 from megatron.mpu.init import zeros
 from megatron.ops.attention import AttentionMask, padding_mask
 
 
 class T5LMHead(nn.Module):
-    """A bias for each token, split along the vocabulary; the weights are the word embeddings'."""
+    """A bias for each token, split along the vocabulary; the weights are given.
+
+    Without biases in linear layers there is none here.
+    """
 
     def __init__(self, config: Config, state: ParallelState, name: str) -> None:
         super().__init__()
@@ -39,8 +42,10 @@ class T5LMHead(nn.Module):
         vocab_size = config.model.vocab_size
         assert vocab_size is not None, "the vocabulary's size is set from the tokenizer"
         padded = config.model.padded_vocab_size(state.tensor.size)
-        spec = ShardSpec(f"{name}.bias", (vocab_size,), dim=0, padded=padded)
-        self.bias = new_parameter(config, state, spec, zeros)
+        self.bias = None
+        if not config.model.disable_bias_linear:
+            spec = ShardSpec(f"{name}.bias", (vocab_size,), dim=0, padded=padded)
+            self.bias = new_parameter(config, state, spec, zeros)
 
     def forward(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[d or d / t, b, h], [v / t, h] -> [d, b, v / t]"""
@@ -137,10 +142,8 @@ class T5Model(MegatronModule):
         )
         if self.lm_head is None or output_enc_hidden:
             return to_stream(hidden.to_send(), self.config)
-        weight = (
-            self.word_embeddings_weight() if self.output_layer is None else self.output_layer.weight
-        )
-        logits = self.lm_head(hidden.stream, weight)  # [d, b, v / t]
+        stream = scaled(hidden.stream, self.config)
+        logits = self.lm_head(stream, self.output_weight())  # [d, b, v / t]
         if lm_labels is None:
             return self.loss_or_logits(logits.transpose(0, 1), None)
         return self.loss_or_logits(logits, lm_labels.t()).t()

@@ -1,7 +1,8 @@
 """The transformer: layers of attention and MLP around a residual stream.
 
 Pre-LayerNorm (arXiv 1909.08053, figure 7): the stream itself is never normalised on its way, only
-what a block reads from it, and once more behind the last layer. A block begins with a
+what a block reads from it, and once more behind the last layer. With `--norm-position post`, as in
+the original BERT, the sum that a block makes is normalised instead. A block begins with a
 column-parallel product and ends with a row-parallel one.
 
 Letters: s sequence, z sequence of the encoder, b micro-batch, h hidden, t tensor size.
@@ -19,6 +20,7 @@ from megatron.config import Config
 from megatron.model.attention import ParallelAttention
 from megatron.model.enums import LayerType
 from megatron.model.mlp import ParallelMLP
+from megatron.model.probe import Extras, Probe
 from megatron.model.residual import Norm, StreamDropout
 from megatron.mpu import ParallelState, recompute
 from megatron.ops.attention import AttentionMask
@@ -34,16 +36,25 @@ class Context:
         rotation: rotary positions; None where there are none.
         encoder_output: [z, b, h], what a decoder attends to; z / t with sequence parallelism.
         encoder_mask: which of it is no padding.
+        extras: what else concerns the layers; None in training.
     """
 
     mask: AttentionMask
     rotation: Rotation | None = None
     encoder_output: torch.Tensor | None = None
     encoder_mask: AttentionMask = AttentionMask()  # noqa: RUF009 - it is frozen
+    extras: Extras | None = None
 
     def beside(self, encoder_output: torch.Tensor, mask: AttentionMask) -> Context:
         """This context for a decoder that attends to ``encoder_output``."""
         return replace(self, encoder_output=encoder_output, encoder_mask=mask)
+
+    def with_extras(self, extras: Extras) -> Context:
+        """This context with what a caller gives beside, an encoder's output included."""
+        own = replace(self, extras=extras)
+        if extras.encoder_output is None:
+            return own
+        return own.beside(extras.encoder_output, extras.encoder_mask)
 
     @property
     def differentiable(self) -> tuple[torch.Tensor, ...]:
@@ -60,7 +71,14 @@ class Context:
 
 
 class ParallelTransformerLayer(nn.Module):
-    """x + attention(norm(x)), in a decoder x + attention(norm(x), encoder), x + mlp(norm(x))."""
+    """Self-attention, in a decoder attention to the encoder's output, and MLP on a residual stream.
+
+    With norms in front, x + block(norm(x)) for each block. With norms behind (arXiv 1706.03762),
+    norm(x + block(x)).
+
+    Args:
+        cross_distances: whether a decoder's cross attention, too, has vectors for distances.
+    """
 
     def __init__(
         self,
@@ -68,38 +86,76 @@ class ParallelTransformerLayer(nn.Module):
         state: ParallelState,
         name: str,
         layer_type: LayerType = LayerType.encoder,
+        *,
+        cross_distances: bool = False,
     ) -> None:
         super().__init__()
+        self.norm_behind = config.model.norm_position == "post"
         self.normalised_residual = config.model.apply_residual_connection_post_layernorm
         self.dropout = StreamDropout(config, state)
-        self.input_layernorm = Norm(config, state, f"{name}.input_layernorm")
+
+        def norm(place: str) -> Norm:
+            return Norm(config, state, f"{name}.{place}")
+
+        if not self.norm_behind:
+            self.input_layernorm = norm("input_layernorm")
         self.self_attention = ParallelAttention(config, state, f"{name}.self_attention")
-        self.post_attention_layernorm = Norm(config, state, f"{name}.post_attention_layernorm")
+        self.post_attention_layernorm = norm("post_attention_layernorm")
         if layer_type is LayerType.decoder:
             self.inter_attention = ParallelAttention(
-                config, state, f"{name}.inter_attention", cross=True
+                config,
+                state,
+                f"{name}.inter_attention",
+                cross=True,
+                distances=cross_distances,
             )
-            self.post_inter_attention_layernorm = Norm(
-                config, state, f"{name}.post_inter_attention_layernorm"
-            )
+            self.post_inter_attention_layernorm = norm("post_inter_attention_layernorm")
         self.layer_type = layer_type
         self.mlp = ParallelMLP(config, state, f"{name}.mlp")
+        if self.norm_behind:
+            self.output_layernorm = norm("output_layernorm")
 
-    def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        context: Context,
+        probes: tuple[Probe | None, Probe | None] = (None, None),
+    ) -> torch.Tensor:
         """[s, b, h] -> [s, b, h]; s / t positions with sequence parallelism"""
+        if self.norm_behind:
+            return self._with_norms_behind(x, context, *probes)
+        own, across = probes
         normalised = self.input_layernorm(x)
-        attended = self.self_attention(normalised, context.mask, rotation=context.rotation)
+        attended = self._attend(normalised, context, own)
         x = self._residual(x, normalised) + self.dropout(attended)
 
         normalised = self.post_attention_layernorm(x)
         if self.layer_type is LayerType.decoder:
-            attended = self.inter_attention(
-                normalised, context.encoder_mask, encoder_output=context.encoder_output
-            )
-            x = self._residual(x, normalised) + self.dropout(attended)
+            if context.encoder_output is not None:
+                attended = self._attend_across(normalised, context, across)
+                x = self._residual(x, normalised) + self.dropout(attended)
             normalised = self.post_inter_attention_layernorm(x)
 
         return self._residual(x, normalised) + self.dropout(self.mlp(normalised))
+
+    def _with_norms_behind(
+        self, x: torch.Tensor, context: Context, own: Probe | None, across: Probe | None
+    ) -> torch.Tensor:
+        x = self.post_attention_layernorm(x + self.dropout(self._attend(x, context, own)))
+        if self.layer_type is LayerType.decoder and context.encoder_output is not None:
+            attended = self._attend_across(x, context, across)
+            x = self.post_inter_attention_layernorm(x + self.dropout(attended))
+        return self.output_layernorm(x + self.dropout(self.mlp(x)))
+
+    def _attend(self, x: torch.Tensor, context: Context, probe: Probe | None) -> torch.Tensor:
+        return self.self_attention(x, context.mask, rotation=context.rotation, probe=probe)
+
+    def _attend_across(
+        self, x: torch.Tensor, context: Context, probe: Probe | None
+    ) -> torch.Tensor:
+        return self.inter_attention(
+            x, context.encoder_mask, encoder_output=context.encoder_output, probe=probe
+        )
 
     def _residual(self, x: torch.Tensor, normalised: torch.Tensor) -> torch.Tensor:
         return normalised.to(x.dtype) if self.normalised_residual else x
@@ -122,21 +178,37 @@ class ParallelTransformer(nn.Module):
         name: str,
         post_process: bool,
         layer_type: LayerType = LayerType.encoder,
+        cross_distances: bool = False,
     ) -> None:
         super().__init__()
         self.state = state
+        self.numbers = tuple(numbers)
         self.layers = nn.ModuleList(
-            ParallelTransformerLayer(config, state, f"{name}.layers.{number}", layer_type)
+            ParallelTransformerLayer(
+                config,
+                state,
+                f"{name}.layers.{number}",
+                layer_type,
+                cross_distances=cross_distances,
+            )
             for number in numbers
         )
+        ends_with_norm = post_process and config.model.norm_position == "pre"
         self.final_layernorm = (
-            Norm(config, state, f"{name}.final_layernorm") if post_process else None
+            Norm(config, state, f"{name}.final_layernorm") if ends_with_norm else None
         )
         self.recomputed = _recomputed_runs(config, len(self.layers))
         self.stores_split = config.parallel.distribute_saved_activations
 
     def forward(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         """[s, b, h] -> [s, b, h]; s / t positions with sequence parallelism"""
+        if context.extras is not None and context.extras.concerns_layers:
+            x = self._run_probed(x, context, context.extras)
+        else:
+            x = self._run(x, context)
+        return x if self.final_layernorm is None else self.final_layernorm(x)
+
+    def _run(self, x: torch.Tensor, context: Context) -> torch.Tensor:
         done = 0
         if self.training:
             for run in self.recomputed:
@@ -144,7 +216,17 @@ class ParallelTransformer(nn.Module):
                 done = run.stop
         for layer in self.layers[done:]:
             x = layer(x, context)
-        return x if self.final_layernorm is None else self.final_layernorm(x)
+        return x
+
+    def _run_probed(self, x: torch.Tensor, context: Context, extras: Extras) -> torch.Tensor:
+        """One layer after the other, holding everything, for those who look inside."""
+        for number, layer in zip(self.numbers, self.layers, strict=True):
+            if extras.record.hidden_states is not None:
+                extras.record.hidden_states.append(x)
+            own, across = extras.probes(number)
+            x = layer(x, context, (own, across))
+            extras.keep(own, across)
+        return x
 
     def _run_recomputed(self, run: range, x: torch.Tensor, context: Context) -> torch.Tensor:
         def part(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ class AttentionMask:
         keys: bool[b, 1, 1, z], True where a key is real; None where all are.
         document_lengths: i64[b, m] on the host, the lengths of the documents that make up each
             row, filled up with zeros: only keys of its own document. None for one document.
-        bias: [1, n, s, z] added to the scores; None for none.
+        bias: added to the scores, broadcast to [b, n, s, z]; None for none.
     """
 
     causal: bool = False
@@ -64,6 +64,7 @@ class AttentionCore:
 
     Attributes:
         dropout: probability with which an attention weight is dropped.
+        scale: factor of the scores; 1 / sqrt(d) where None.
         fused: through PyTorch's fused implementations, whose softmax is in float32; else one
             operation after another, holding all attention weights.
         softmax_in_fp32: whether the unfused scores of half precision are scaled and masked in
@@ -71,6 +72,7 @@ class AttentionCore:
     """
 
     dropout: float = 0.0
+    scale: float | None = None
     fused: bool = True
     softmax_in_fp32: bool = False
 
@@ -84,6 +86,24 @@ class AttentionCore:
         else:
             context = self._by_document(query, key, value, mask)
         return context.permute(2, 0, 1, 3).flatten(2)
+
+    def with_weights(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: AttentionMask,
+        head_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same, with the attention weights that it was made with: [s, b, n d], [b, n, s, z].
+
+        Args:
+            head_mask: a factor of the weights, broadcast to [b, n, s, z]: 0 silences a head.
+        """
+        assert mask.document_lengths is None
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        context, weights = self._unfused(query, key, value, mask, head_mask)
+        return context.permute(2, 0, 1, 3).flatten(2), weights
 
     def _by_document(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: AttentionMask
@@ -115,20 +135,35 @@ class AttentionCore:
                 dense,
                 dropout_p=self.dropout,
                 is_causal=mask.causal and dense is None,
+                scale=self.scale,
                 enable_gqa=key.size(1) != query.size(1),
             )
+        return self._unfused(query, key, value, mask)[0]
+
+    def _unfused(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: AttentionMask,
+        head_mask: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[b, n, s, d] each -> [b, n, s, d] and the weights [b, n, s, z]"""
         if key.size(1) != query.size(1):
             shared = query.size(1) // key.size(1)
             key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
         scores = query @ key.transpose(2, 3)  # [b, n, s, z]
         if self.softmax_in_fp32 or self.fused:
             scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        scores = scores / math.sqrt(query.size(3))
+        scale = self.scale
+        scores = scores / math.sqrt(query.size(3)) if scale is None else scores * scale
         dense = _dense(mask, query, key, always=True)
         if dense is not None:
             scores = _masked(scores, dense)
-        weights = torch.softmax(scores, dim=-1).to(query.dtype)
-        return dropout(weights, self.dropout) @ value
+        weights = dropout(torch.softmax(scores, dim=-1).to(query.dtype), self.dropout)
+        if head_mask is not None:
+            weights = weights * head_mask
+        return weights @ value, weights
 
 
 def _bounds(lengths: list[int]) -> Iterator[tuple[int, int]]:

@@ -66,6 +66,12 @@ def relative_positions_belong_to_t5(model_type: str, position_embedding_type: st
 
 
 @checks.add
+def compared_distances_belong_to_bert(model_type: str, position_embedding_type: str) -> None:
+    option = f"--position-embedding-type {position_embedding_type}"
+    _only_for(("bert",), model_type, {option: position_embedding_type.startswith("relative_key")})
+
+
+@checks.add
 def document_boundaries_belong_to_gpt(
     model_type: str, reset_position_ids: bool, reset_attention_mask: bool, eod_mask_loss: bool
 ) -> None:
@@ -89,10 +95,24 @@ def masking_belongs_to_bert_and_t5(
 
 
 @checks.add
-def an_output_layer_belongs_to_gpt_and_t5(
-    model_type: str, untie_embeddings_and_output_weights: bool
-) -> None:
-    asked = {"--untie-embeddings-and-output-weights": untie_embeddings_and_output_weights}
+def norms_behind_belong_to_one_stack(model_type: str, norm_position: str) -> None:
+    _only_for(("bert", "gpt"), model_type, {"--norm-position post": norm_position == "post"})
+
+
+@checks.add
+def a_masked_lm_head_belongs_to_bert(model_type: str, head_activation: str | None) -> None:
+    _only_for(("bert",), model_type, {"--head-activation": head_activation})
+
+
+@checks.add
+def token_types_belong_to_bert(model_type: str, num_tokentypes: int) -> None:
+    asked = {"--num-tokentypes": _changed("num_tokentypes", num_tokentypes)}
+    _only_for(("bert",), model_type, asked)
+
+
+@checks.add
+def scaled_logits_belong_to_gpt_and_t5(model_type: str, logit_scale: float) -> None:
+    asked = {"--logit-scale": _changed("logit_scale", logit_scale)}
     _only_for(("gpt", "t5"), model_type, asked)
 
 

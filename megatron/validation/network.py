@@ -112,9 +112,19 @@ def distances_have_buckets(
 
 
 @checks.add
-def one_activation(swiglu: bool, geglu: bool, openai_gelu: bool) -> None:
+def one_activation(swiglu: bool, geglu: bool, activation: str) -> None:
     exclude_each_other(("--swiglu", swiglu), ("--geglu", geglu))
-    exclude_each_other(("--swiglu", swiglu), ("--openai-gelu", openai_gelu))
+    exclude_each_other(("--swiglu", swiglu), (f"--activation {activation}", activation != "gelu"))
+
+
+@checks.add
+def one_way_to_normalise(
+    norm_position: str, apply_residual_connection_post_layernorm: bool
+) -> None:
+    exclude_each_other(
+        ("--norm-position post", norm_position == "post"),
+        ("--apply-residual-connection-post-layernorm", apply_residual_connection_post_layernorm),
+    )
 
 
 @checks.add
@@ -128,3 +138,11 @@ def residuals_are_wider_than_the_rest(
 ) -> None:
     if fp32_residual_connection and not (fp16 or bf16):
         raise ConfigError("--fp32-residual-connection needs --fp16 or --bf16")
+
+
+@checks.add
+def a_normalised_stream_is_not_wider(fp32_residual_connection: bool, norm_position: str) -> None:
+    exclude_each_other(
+        ("--fp32-residual-connection", fp32_residual_connection),
+        ("--norm-position post", norm_position == "post"),
+    )

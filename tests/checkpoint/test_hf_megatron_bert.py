@@ -25,7 +25,7 @@ transformers = pytest.importorskip("transformers")
 MODELS: list[dict[str, Any]] = [
     {},
     {"num_layers": 3, "num_attention_heads": 2, "vocab_size": 97, "ffn_hidden_size": 40},
-    {"bert_no_binary_head": True, "openai_gelu": True, "layernorm_epsilon": 1e-3},
+    {"bert_no_binary_head": True, "activation": "gelu_tanh", "layernorm_epsilon": 1e-3},
 ]
 
 
@@ -75,9 +75,9 @@ def test_a_head_size_of_its_own_is_refused() -> None:
         hugging_face_config(model, pad_token_id=0, dtype=torch.float32)
 
 
-@pytest.mark.parametrize(("openai_gelu", "approximate"), [(False, "none"), (True, "tanh")])
-def test_their_activation_is_ours(openai_gelu: bool, approximate: str) -> None:
-    model = make_config(openai_gelu=openai_gelu).model
+@pytest.mark.parametrize(("activation", "approximate"), [("gelu", "none"), ("gelu_tanh", "tanh")])
+def test_their_activation_is_ours(activation: str, approximate: str) -> None:
+    model = make_config(activation=activation).model
     name = hugging_face_config(model, pad_token_id=0, dtype=torch.float64)["hidden_act"]
     x = torch.linspace(-8, 8, 1001, dtype=torch.float64)
     theirs = transformers.activations.ACT2FN[name](x)

@@ -128,7 +128,7 @@ def load_single(path: Path, config: Config | None = None) -> dict[str, torch.Ten
 def test_configuration_and_tokenizer_travel_along(tmp_path: Path) -> None:
     vocabulary = tmp_path / "vocab.txt"
     vocabulary.write_text("[PAD]\nword\n")
-    config = make_config(layernorm_epsilon=1e-7, openai_gelu=True)
+    config = make_config(layernorm_epsilon=1e-7, activation="gelu_tanh")
     save_checkpoint(tmp_path, 5, [], {}, config=config, state=SINGLE, files=[vocabulary])
     assert load_config(tmp_path) == config
     copy = tmp_path / "iter_0000005" / "tokenizer" / "vocab.txt"
@@ -190,7 +190,7 @@ def test_random_states_stay_with_their_layout(tmp_path: Path) -> None:
 
 def test_all_differences_of_another_model_are_named(tmp_path: Path) -> None:
     save_single(tmp_path)
-    other = make_config(num_layers=3, num_attention_heads=2, openai_gelu=True, vocab_size=62)
+    other = make_config(num_layers=3, num_attention_heads=2, activation="gelu_tanh", vocab_size=62)
     with pytest.raises(CheckpointError) as error:
         load_single(tmp_path, other)
     path = tmp_path / "iter_0000003"

@@ -52,8 +52,22 @@ NETWORKS: dict[str, dict[str, Any]] = {
         "hidden_size": 48,
         "num_attention_heads": 12,
         "bert_no_binary_head": True,
-        "openai_gelu": True,
+        "activation": "gelu_tanh",
         "apply_residual_connection_post_layernorm": True,
+    },
+    "bert, norms behind": {
+        "num_layers": 4,
+        "norm_position": "post",
+        "activation": "relu",
+        "head_activation": "gelu",
+        "num_tokentypes": 3,
+        "untie_embeddings_and_output_weights": True,
+        "attention_scale": 0.2,
+    },
+    "bert, distances": {
+        "num_layers": 4,
+        "position_embedding_type": "relative_key_query",
+        "activation": "quick_gelu",
     },
     "gpt": {"model_type": "gpt"},
     "gpt, documents": {

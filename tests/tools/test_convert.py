@@ -78,7 +78,7 @@ def random_model(seed: int) -> dict[str, Any]:
         "hidden_size": heads * rng.choice([4, 5]),
         "vocab_size": rng.choice([31, 64, 129]),
         "layernorm_epsilon": rng.choice([1e-5, 1e-3, 1e-12]),
-        "openai_gelu": seed % 2 == 1,
+        "activation": ["gelu", "gelu_tanh"][seed % 2],
         "bert_no_binary_head": seed % 3 == 2,
         "ffn_hidden_size": rng.choice([None, 7]),
         "bf16": seed == 4,
