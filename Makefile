@@ -18,12 +18,13 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 endif
 
-.PHONY: help install quickstart test parity lint format
+.PHONY: help install quickstart test parity parity-hf lint format
 
 help:
 	@echo "make quickstart   train a small BERT on this machine and export it"
 	@echo "make test         run the tests"
 	@echo "make parity       compare 120 layouts drawn at random with one process (LAYOUTS, SEED)"
+	@echo "make parity-hf    compare 200 random models with transformers 4.34.0 (CASES, ON_RANKS, SEED)"
 	@echo "make lint         check style, format and types"
 	@echo "make format       put the files into their format"
 	@echo "make install      only make the environment that the others use"
@@ -41,6 +42,14 @@ SEED := 1
 
 parity: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m tests.parity.full --layouts $(LAYOUTS) --seed $(SEED)
+
+CASES := 200
+ON_RANKS := 20
+
+# OLD_TRANSFORMERS names a Python that has transformers 4.34.0; without it one is installed, once.
+parity-hf: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m tests.hf.old.full --cases $(CASES) --layouts $(ON_RANKS) \
+		--seed $(SEED)
 
 lint: $(INSTALLED)
 	@$(LINT)

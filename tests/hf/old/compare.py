@@ -1,0 +1,161 @@
+"""megatron/hf held against what transformers 4.34.0 answered.
+
+Two tensors agree where their largest difference is at most 1e-5 of the larger of 1 and the
+reference's largest value: absolutely where values are small, relatively where they are large. A
+tensor that is small altogether must be right as well: the difference is at most a thousandth of its
+largest value, or 1e-7, the rounding of terms that cancel. Names, their order, shapes and number
+formats must be the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+import megatron.hf
+from tests.hf.old.records import Answer, Case, answer
+
+TOLERANCE, OF_SMALL, ROUNDING = 1e-5, 1e-3, 1e-7
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The largest difference of two tensors, and the largest value of the reference."""
+
+    name: str
+    largest_difference: float
+    largest_value: float
+
+    @property
+    def relative(self) -> float:
+        """The difference in units of the larger of 1 and the reference's largest value."""
+        return self.largest_difference / max(1.0, self.largest_value)
+
+    @property
+    def agrees(self) -> bool:
+        """Whether the difference is rounding; one that is no number is not."""
+        return self.relative <= TOLERANCE and (
+            self.largest_difference <= max(OF_SMALL * self.largest_value, ROUNDING)
+        )
+
+    @property
+    def quantity(self) -> str:
+        """Output, gradient or input gradient."""
+        return self.name.split("/")[0]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What the oracle wrote of a case."""
+
+    case: Case
+    orders: list[list[str]]
+    second_names: dict[str, str]
+    inputs: dict[str, Tensor]
+    tensors: dict[str, Tensor]
+
+
+def read_answer(directory: Path) -> Expected:
+    """The oracle's answer in ``directory``; raises RuntimeError where it failed."""
+    record = json.loads((directory / "answer.json").read_text())
+    if "error" in record:
+        raise RuntimeError(f"transformers 4.34.0 failed:\n{record['error']}")
+    stored = load_file(directory / "answer.safetensors")
+    inputs = {n.removeprefix("input/"): t for n, t in stored.items() if n.startswith("input/")}
+    return Expected(
+        record["case"],
+        record["orders"],
+        record["second_names"],
+        inputs,
+        {name: tensor for name, tensor in stored.items() if not name.startswith("input/")},
+    )
+
+
+def load_ours(case: Case, directory: Path, tensor: int = 1, pipeline: int = 1) -> Any:
+    """Our class of the same name with the weights in ``directory``."""
+    model_class = getattr(megatron.hf, case["class"])
+    model = model_class.from_pretrained(
+        directory,
+        tensor_model_parallel_size=tensor,
+        pipeline_model_parallel_size=pipeline,
+        **case["arguments"],
+    )
+    assert not model.training, "from_pretrained returned a model in training mode"
+    return model
+
+
+def answer_ours(model: Any, expected: Expected) -> Answer:
+    """What our model returns to the same calls, with the gradients of all its parameters."""
+    result = answer(model, expected.case, expected.inputs)
+    for name, gradient in model.full_state_dict(gradients=True).items():
+        if expected.second_names.get(name, name) == name:
+            result.tensors[f"gradient/{name}"] = gradient
+    return result
+
+
+def differences(found: Answer, expected: Expected, *, inputs: bool = True) -> list[Difference]:
+    """Every tensor's difference; raises AssertionError where the two have not the same tensors.
+
+    Without ``inputs``, the gradients of inputs are left out.
+    """
+    assert found.orders == expected.orders, (
+        f"returned {found.orders}, where transformers returns {expected.orders}"
+    )
+    ours, theirs = (
+        {name: tensor for name, tensor in tensors.items() if inputs or not _of_input(name)}
+        for tensors in (found.tensors, expected.tensors)
+    )
+    assert ours.keys() == theirs.keys(), (
+        f"missing {sorted(theirs.keys() - ours.keys())}, "
+        f"unexpected {sorted(ours.keys() - theirs.keys())}"
+    )
+    return [_difference(name, ours[name], theirs[name]) for name in theirs]
+
+
+def _of_input(name: str) -> bool:
+    return name.startswith("input gradient/")
+
+
+def _difference(name: str, ours: Tensor, theirs: Tensor) -> Difference:
+    assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype), (
+        f"{name} is {tuple(ours.shape)} {ours.dtype}, "
+        f"where transformers has {tuple(theirs.shape)} {theirs.dtype}"
+    )
+    if theirs.numel() == 0:
+        return Difference(name, 0.0, 0.0)
+    difference = (ours.double() - theirs.double()).abs().max()
+    return Difference(name, float(difference), float(theirs.abs().max()))
+
+
+def check(
+    directory: Path, tensor: int = 1, pipeline: int = 1, *, inputs: bool = True
+) -> list[Difference]:
+    """Load the model that the oracle saved in ``directory`` and compare all that it returns."""
+    expected = read_answer(directory)
+    model = load_ours(expected.case, directory / "model", tensor, pipeline)
+    torch.manual_seed(0)
+    return differences(answer_ours(model, expected), expected, inputs=inputs)
+
+
+def disagreements(found: list[Difference]) -> list[str]:
+    """A line for each tensor that differs, the worst first."""
+    wrong = sorted((d for d in found if not d.agrees), key=lambda d: -d.largest_difference)
+    return [
+        f"{d.name}: differs by {d.largest_difference:.1e}, largest value {d.largest_value:.1e}"
+        for d in wrong
+    ]
+
+
+def worst(found: list[Difference]) -> Mapping[str, Difference]:
+    """The largest difference of each quantity."""
+    by_quantity: dict[str, Difference] = {}
+    for difference in sorted(found, key=lambda d: d.relative):
+        by_quantity[difference.quantity] = difference
+    return by_quantity
