@@ -1,0 +1,469 @@
+"""What all classes of the family stand on: the language model with the documented inputs.
+
+A class gives its head, a function of the top hidden states, to `Backbone.answer`. That runs this
+rank's stage, calls the head on the last stage, and makes the results whole on every rank.
+
+Letters: s sequence, z sequence of the encoder or of all keys, b batch, h hidden, n heads, d head
+size, t tensor size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron.hf.outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
+from megatron.hf.pretrained import PreTrainedModel
+from megatron.hf.relay import (
+    SharedGradients,
+    all_heads,
+    own_heads,
+    receive_stream,
+    send_stream,
+    shared_input,
+    spread,
+)
+from megatron.model.enums import LayerType
+from megatron.model.language_model import TransformerLanguageModel
+from megatron.model.module import conversion_helper
+from megatron.model.probe import Extras, Record
+from megatron.mpu.collectives import broadcast
+from megatron.ops.attention import AttentionMask
+
+Named = Mapping[str, torch.Tensor | None]
+Cache = Sequence[tuple[torch.Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the documented `forward` is given, under the documented names."""
+
+    input_ids: torch.Tensor | None = None  # i64[b, s]
+    attention_mask: torch.Tensor | None = None  # [b, z] or [b, s, z], 1 for what may be seen
+    token_type_ids: torch.Tensor | None = None  # i64[b, s]
+    position_ids: torch.Tensor | None = None  # i64[b, s] or i64[1, s]
+    head_mask: torch.Tensor | None = None  # [n] or [layers, n], 1 for heads that are kept
+    inputs_embeds: torch.Tensor | None = None  # [b, s, h]
+    encoder_hidden_states: torch.Tensor | None = None  # [b, z, h]
+    encoder_attention_mask: torch.Tensor | None = None  # [b, z] or [b, s, z]
+    past_key_values: Cache | None = None  # of each layer 2 or 4 x [b, n, z, d]
+    use_cache: bool | None = None
+    output_attentions: bool | None = None
+    output_hidden_states: bool | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(b, s); raises ValueError unless there are either ids or embeddings."""
+        if (self.input_ids is None) == (self.inputs_embeds is None):
+            found = "neither" if self.input_ids is None else "both"
+            raise ValueError(f"expected either input_ids or inputs_embeds, found {found}")
+        given = self.inputs_embeds if self.input_ids is None else self.input_ids
+        assert given is not None
+        return given.size(0), given.size(1)
+
+    @property
+    def past_length(self) -> int:
+        """Positions that the cache already holds."""
+        return 0 if not self.past_key_values else self.past_key_values[0][0].size(2)
+
+
+class Top(NamedTuple):
+    """What the last stage hands to a head."""
+
+    last_hidden_state: torch.Tensor  # [b, s, h]
+    pooler_output: torch.Tensor | None  # [b, h]
+
+
+Head = Callable[[Top], Named]
+
+
+class Backbone(PreTrainedModel):
+    """Embedding, layers and pooler; the base model of a family.
+
+    Args:
+        add_pooling_layer: whether the first token's hidden state is pooled.
+    """
+
+    # What tells the families apart.
+    pads_gradient = True  # whether the padding token's embedding gets no gradient from its look-up
+    cross_distances = False  # whether cross attention, too, has vectors for distances
+
+    def __init__(self, config: Any, add_pooling_layer: bool = True, **options: Any) -> None:
+        super().__init__(config, **options)
+        if config.add_cross_attention and not config.is_decoder:
+            raise ValueError("add_cross_attention=True needs is_decoder=True, found False")
+        crosses = config.add_cross_attention
+        self.language_model = TransformerLanguageModel(
+            self.native_config,
+            self.state,
+            self.stage,
+            num_tokentypes=self.native_config.model.num_tokentypes,
+            add_pooler=add_pooling_layer,
+            pre_process=self.stage.is_first,
+            post_process=self.stage.is_last,
+            layer_type=LayerType.decoder if crosses else LayerType.encoder,
+            cross_distances=self.cross_distances and self.native_config.model.has_distances,
+            padding_idx=config.pad_token_id if self.pads_gradient else None,
+        )
+        self.add_pooling_layer = add_pooling_layer
+        self._forwards = 0
+        self._seed: int | None = None
+        self._alone = False
+        self._shared = SharedGradients(self, self.state)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        head_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple[Any, ...]:
+        """Hidden states behind the last layer and, with the pooling layer, the pooled first one."""
+        inputs = Inputs(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            head_mask,
+            inputs_embeds,
+            encoder_hidden_states,
+            encoder_attention_mask,
+            past_key_values,
+            use_cache,
+            output_attentions,
+            output_hidden_states,
+        )
+        output_class = BaseModelOutputWithPoolingAndCrossAttentions
+        return self.answer(inputs, lambda top: top._asdict(), output_class, return_dict)
+
+    def answer(
+        self,
+        inputs: Inputs,
+        head: Head,
+        output_class: type[ModelOutput],
+        return_dict: bool | None,
+    ) -> Any:
+        """Run the model under `head`.
+
+        Args:
+            head: called on the last stage; its results by the names of `output_class`, in order.
+
+        Returns:
+            the output, the same on every rank, or with `return_dict` False the tuple of its parts.
+        """
+        if return_dict is None:
+            return_dict = self.config.use_return_dict
+        self._check(inputs)
+        record = self._record(inputs)
+        if self._alone:
+            stream = self._run_stage(inputs, record)
+            return output_class(**head(stream)) if isinstance(stream, Top) else stream
+        inputs = self._shared_inputs(inputs)
+        with self._own_randomness():
+            if not self.stage.is_first:
+                self._receive(inputs)
+            top = self._run_stage(inputs, record)
+            named = dict(head(top)) if isinstance(top, Top) else {}
+            sent = None if isinstance(top, Top) else send_stream(top, self.state)
+        own = _Results(named, *self._shown(record))
+        results = [own] if self.state.pipeline.size == 1 else self._spread(own, sent)
+        made = dict(results[-1].named)
+        looked_into = {
+            "past_key_values": _joined(result.caches for result in results),
+            "hidden_states": _joined(result.hidden_states for result in results),
+            "attentions": _joined(result.attentions for result in results),
+            "cross_attentions": _joined(result.cross_attentions for result in results),
+        }
+        if not return_dict:
+            base = output_class is BaseModelOutputWithPoolingAndCrossAttentions
+            parts = (value for value in made.values() if base or value is not None)
+            return (*parts, *(part for part in looked_into.values() if part is not None))
+        known = {field.name for field in fields(output_class)}
+        shown = {name: part for name, part in looked_into.items() if name in known}
+        return output_class(**made, **shown)
+
+    @contextmanager
+    def stage_alone(self) -> Iterator[None]:
+        """Have `forward` run this stage and nothing else, for a pipeline's runtime to drive.
+
+        The stream comes from `language_model.set_input_tensor`. Before the last stage `forward`
+        then returns the stream [s, b, h] to send, on the last one its output.
+        """
+        self._alone = True
+        try:
+            yield
+        finally:
+            self._alone = False
+
+    # --- what is asked for -----------------------------------------------------------------------
+
+    def _record(self, inputs: Inputs) -> Record:
+        """Empty lists for what is to be recorded."""
+        config = self.config
+
+        def asked(value: bool | None, default: bool) -> list[Any] | None:
+            return [] if (default if value is None else value) else None
+
+        attentions = asked(inputs.output_attentions, config.output_attentions)
+        crosses = attentions is not None and config.add_cross_attention
+        holds_less = self.gradient_checkpointing and self.training
+        caches = config.is_decoder and not holds_less
+        return Record(
+            hidden_states=asked(inputs.output_hidden_states, config.output_hidden_states),
+            attentions=attentions,
+            cross_attentions=[] if crosses else None,
+            caches=asked(inputs.use_cache, config.use_cache) if caches else None,
+        )
+
+    # --- one stage -------------------------------------------------------------------------------
+
+    def _shared_inputs(self, inputs: Inputs) -> Inputs:
+        return replace(
+            inputs,
+            inputs_embeds=shared_input(inputs.inputs_embeds, self.state),
+            encoder_hidden_states=shared_input(inputs.encoder_hidden_states, self.state),
+        )
+
+    def _receive(self, inputs: Inputs) -> None:
+        b, s = inputs.shape
+        stream = receive_stream(self.state, (s, b, self.config.hidden_size), self.dtype)
+        self.language_model.set_input_tensor(stream)
+
+    def _run_stage(self, inputs: Inputs, record: Record) -> Top | torch.Tensor:
+        """The last stage's top; of another stage the stream [s, b, h]."""
+        b, s = inputs.shape
+        extras = self._extras(inputs, record)
+        mask = AttentionMask(bias=self._own_mask(inputs))
+        ids = inputs.input_ids
+        if ids is None:
+            assert inputs.inputs_embeds is not None
+            ids = torch.zeros((b, s), dtype=torch.int64, device=inputs.inputs_embeds.device)
+        self._set_recomputation()
+        hidden = self.language_model(
+            ids,
+            self._position_ids(inputs),
+            mask,
+            tokentype_ids=inputs.token_type_ids,
+            extras=extras,
+        )
+        if not self.stage.is_last:
+            return hidden.stream
+        if record.hidden_states is not None:
+            record.hidden_states.append(hidden.stream)
+        return Top(hidden.stream.transpose(0, 1), hidden.pooled)
+
+    def _check(self, inputs: Inputs) -> None:
+        """Raise ValueError for what the model cannot be given."""
+        config, length = self.config, inputs.shape[1] + inputs.past_length
+        crosses = config.is_decoder and inputs.encoder_hidden_states is not None
+        if crosses and not config.add_cross_attention:
+            raise ValueError(
+                "encoder_hidden_states were given, but the model has no cross attention: "
+                "expected a config with add_cross_attention=True"
+            )
+        if inputs.position_ids is None and length > config.max_position_embeddings:
+            raise ValueError(
+                f"{length} positions were given, more than "
+                f"max_position_embeddings {config.max_position_embeddings}"
+            )
+        past = inputs.past_key_values
+        if past and len(past) != config.num_hidden_layers:
+            raise ValueError(
+                f"past_key_values are those of {len(past)} layers, "
+                f"expected num_hidden_layers {config.num_hidden_layers}"
+            )
+
+    def _extras(self, inputs: Inputs, record: Record) -> Extras:
+        extras: dict[str, Any] = {}
+        output = inputs.encoder_hidden_states
+        if self.config.add_cross_attention and output is not None:
+            extras["encoder_output"] = output.transpose(0, 1).to(self.dtype)
+            mask = inputs.encoder_attention_mask
+            bias = None if mask is None else self._bias(_for_all_heads(mask))
+            extras["encoder_mask"] = AttentionMask(bias=bias)
+        return Extras(
+            inputs_embeds=inputs.inputs_embeds,
+            head_masks=self._head_masks(inputs.head_mask),
+            past=self._own_past(inputs.past_key_values),
+            record=record,
+            **extras,
+        )
+
+    def _own_mask(self, inputs: Inputs) -> torch.Tensor | None:
+        """What is added to the scores, broadcast to [b, n, s, z]; None where all may be seen."""
+        mask = inputs.attention_mask
+        if not self.config.is_decoder or (mask is not None and mask.dim() == 3):
+            if mask is None or (mask.device.type == "cpu" and bool((mask == 1).all())):
+                return None
+            return self._bias(_for_all_heads(mask))
+        _, s = inputs.shape
+        z = s + inputs.past_length
+        not_ahead = torch.ones((s, z), device=self.device).tril(inputs.past_length)[None, None]
+        if mask is None:
+            return self._bias(not_ahead)
+        return self._bias(not_ahead * _for_all_heads(mask))
+
+    def _bias(self, seen: torch.Tensor) -> torch.Tensor:
+        """1 for what may be seen, 0 for what may not -> 0 and the least number of the format.
+
+        That number, and not minus infinity, so that a row of which nothing may be seen is defined.
+        """
+        return (1.0 - seen.to(self.dtype)) * torch.finfo(self.dtype).min
+
+    def _position_ids(self, inputs: Inputs) -> torch.Tensor | None:
+        """i64[b or 1, s]; None where positions count from 0."""
+        past = inputs.past_length
+        if inputs.position_ids is not None or not past:
+            return inputs.position_ids
+        return torch.arange(past, past + inputs.shape[1], device=self.device).unsqueeze(0)
+
+    def _head_masks(self, given: torch.Tensor | None) -> torch.Tensor | None:
+        """[n] or [layers, n] -> [layers, 1, n / t, 1, 1]"""
+        if given is None:
+            return None
+        layers, heads = self.config.num_hidden_layers, self.config.num_attention_heads
+        if tuple(given.shape) not in ((heads,), (layers, heads)):
+            raise ValueError(
+                f"head_mask has the shape {tuple(given.shape)}, "
+                f"expected ({heads},) or ({layers}, {heads})"
+            )
+        axis = self.state.tensor
+        masks = given.to(self.dtype).expand(layers, heads).chunk(axis.size, dim=1)[axis.rank]
+        return masks[:, None, :, None, None]
+
+    def _own_past(self, past: Cache | None) -> Cache | None:
+        """The cache of this stage's layers, of this rank's heads; the others' are left as given."""
+        if not past:
+            return None
+        own = list(past)
+        for number in self.stage.layers:
+            own[number] = tuple(own_heads(part, self.state) for part in past[number])
+        return own
+
+    def _set_recomputation(self) -> None:
+        encoder = self.language_model.encoder
+        assert encoder is not None
+        layers = range(len(encoder.layers)) if self.gradient_checkpointing else ()
+        encoder.recomputed = [range(number, number + 1) for number in layers]
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        """Where ranks share the model, dropout draws what they agree on.
+
+        One process draws from PyTorch's generator, as its user is used to.
+        """
+        axis = self.state.model
+        if axis.size == 1 or not self.training:
+            yield
+            return
+        if self._seed is None:
+            seed = torch.tensor(torch.initial_seed() & (2**63 - 1), device=self.state.device)
+            self._seed = int(broadcast(seed, axis))
+        on_device = [] if self.state.device.type == "cpu" else [self.state.device]
+        with torch.random.fork_rng(on_device, device_type=self.state.device.type):
+            self.state.streams.start(self._seed, self._forwards, 0)
+            self._forwards += 1
+            yield
+
+    # --- all ranks -------------------------------------------------------------------------------
+
+    def _shown(self, record: Record) -> tuple[Any, Any, Any, Any]:
+        """What was recorded, batch first and with all heads."""
+        state = self.state
+
+        def weights(recorded: list[torch.Tensor] | None) -> list[torch.Tensor] | None:
+            return None if recorded is None else [all_heads(each, state) for each in recorded]
+
+        hidden, caches = record.hidden_states, record.caches
+        return (
+            None
+            if caches is None
+            else [tuple(all_heads(part, state) for part in cache) for cache in caches],
+            None if hidden is None else [each.transpose(0, 1) for each in hidden],
+            weights(record.attentions),
+            weights(record.cross_attentions),
+        )
+
+    def _spread(self, own: _Results, sent: torch.Tensor | None) -> list[_Results]:
+        """The results of all stages."""
+        forms: list[Any] = [None] * self.state.pipeline.size
+        tensors, form = own.flattened()
+        torch.distributed.all_gather_object(forms, form, group=self.state.pipeline.group)
+        stages = spread(tensors, sent, self.state, self._shared.finish)
+        return [_Results.of(*each) for each in zip(stages, forms, strict=True)]
+
+    def tie_output(self, copy: torch.nn.Parameter | None) -> None:
+        """Have tokens scored by the word embeddings: the gradients of both ends add up.
+
+        copy: the last stage's copy of them, where it is not the first.
+        """
+        embedding = self.language_model.embedding
+        own = None if embedding is None else embedding.word_embeddings.weight
+        self._shared.tie(own if copy is None else copy)
+
+
+@dataclass(frozen=True)
+class _Results:
+    """What one stage has made: tensors, and in which places."""
+
+    named: Named
+    caches: list[tuple[torch.Tensor, ...]] | None
+    hidden_states: list[torch.Tensor] | None
+    attentions: list[torch.Tensor] | None
+    cross_attentions: list[torch.Tensor] | None
+
+    def flattened(self) -> tuple[list[torch.Tensor], Any]:
+        """All tensors, and the form that they are put back into: their numbers in their places."""
+        tensors: list[torch.Tensor] = []
+
+        def number(tensor: torch.Tensor) -> Any:
+            tensors.append(tensor)
+            return len(tensors) - 1
+
+        parts = [getattr(self, field.name) for field in fields(self)]
+        return tensors, conversion_helper(parts, number)
+
+    @classmethod
+    def of(cls, tensors: list[torch.Tensor], form: Any) -> _Results:
+        """The results with these tensors in the places of a form."""
+        return cls(*(_filled(part, tensors) for part in form))
+
+
+def _filled(form: Any, tensors: list[torch.Tensor]) -> Any:
+    if isinstance(form, int):
+        return tensors[form]
+    if isinstance(form, dict):
+        return {key: _filled(part, tensors) for key, part in form.items()}
+    if isinstance(form, list | tuple):
+        return type(form)(_filled(part, tensors) for part in form)
+    return form
+
+
+def _joined(parts: Iterator[list[Any] | None]) -> tuple[Any, ...] | None:
+    """The stages' parts, one behind the other; None where nothing was asked for."""
+    together = [part for part in parts if part is not None]
+    return tuple(item for part in together for item in part) if together else None
+
+
+def _for_all_heads(mask: torch.Tensor) -> torch.Tensor:
+    """[b, z] or [b, s, z] -> [b, 1, 1 or s, z]"""
+    if mask.dim() not in (2, 3):
+        raise ValueError(
+            f"a mask has the shape {tuple(mask.shape)}, "
+            "expected (batch, sequence) or (batch, from sequence, to sequence)"
+        )
+    return mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]
