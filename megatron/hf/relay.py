@@ -95,7 +95,7 @@ class _Spread(torch.autograd.Function):
         *own: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         axis, results = state.pipeline, []
-        ctx.at_end = at_end
+        ctx.at_end, ctx.no_gradient = at_end, sent.new_zeros(())
         ctx.first = sum(len(stage) for stage in shapes[: axis.rank])
         ctx.count = len(own)
         for stage, tensors in enumerate(shapes):
@@ -111,9 +111,9 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         # What runs when the whole backward pass is over may only be asked for from within it.
-        torch.autograd.Variable._execution_engine.queue_callback(ctx.at_end)  # type: ignore[attr-defined]
+        torch.autograd.Variable._execution_engine.queue_callback(ctx.at_end)
         own = grads[ctx.first : ctx.first + ctx.count]
-        return torch.zeros(()), None, None, None, *own
+        return ctx.no_gradient, None, None, None, *own
 
 
 class _Shared(torch.autograd.Function):
