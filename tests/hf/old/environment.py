@@ -43,9 +43,12 @@ def old_python() -> Path:
 
 
 def run_old(arguments: Sequence[str | Path], directory: Path = ROOT) -> str:
-    """Run the old environment's Python; returns what it printed, raises with it if it failed."""
+    """Run the old environment's Python in ``directory``; this project is at hand in `ROOT` alone.
+
+    Returns what it printed; raises RuntimeError with that where it failed.
+    """
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": "",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",

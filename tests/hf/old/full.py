@@ -37,6 +37,7 @@ from tests.hf.old.compare import (
     read_answer,
     worst,
 )
+from tests.hf.old.converters import converted, written_checkpoints
 from tests.hf.old.environment import ask
 from tests.hf.old.records import Answer, Case
 
@@ -99,6 +100,7 @@ def main() -> int:
             on_ranks = max(0, arguments.layouts - first)
             _portion(table, cases, first, on_ranks, Path(scratch), arguments.keep)
         print(f"{first + len(cases):5} cases, {len(table.failures)} failures", flush=True)
+    _converters(table, arguments.seed)
     print(*[f"{count:5} x {what}" for what, count in sorted(drawn.items())], sep="\n")
     print(*table.lines(), sep="\n")
     minutes = (time.monotonic() - start) / 60
@@ -165,6 +167,14 @@ def _on_ranks(directory: Path, tensor: int, pipeline: int) -> list[Difference]:
     """The differences of all ranks together."""
     ranks = run_distributed(tensor * pipeline, check, directory, tensor, pipeline)
     return [difference for rank in ranks for difference in rank]
+
+
+def _converters(table: Table, seed: int) -> None:
+    """Models of ours through the converters of transformers 4.34.0."""
+    with tempfile.TemporaryDirectory() as scratch:
+        for checkpoint in written_checkpoints(seed, Path(scratch)):
+            name = checkpoint.directory.name
+            table.enter("converters", name, lambda c=checkpoint: converted(c))
 
 
 def _options(case: Case) -> list[str]:
