@@ -1,95 +1,131 @@
-"""Write a checkpoint of BERT as a directory that stock `transformers` loads.
+"""Write a model as a directory that stock `transformers` loads.
 
     model.safetensors        weights, or several such files and an index
     config.json              the architecture, with the true vocabulary size, epsilon and activation
-    vocab.txt, tokenizer.json, tokenizer_config.json
+    tokenizer files          see `hf_tokenizer`
 
 The weights pass through memory one tensor at a time.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.hf_megatron_bert import entries, hugging_face_config, to_hugging_face
-from megatron.checkpoint.reader import Checkpoint
+from megatron.checkpoint.hf_architecture import Written
+from megatron.checkpoint.hf_models import architecture_for, hugging_face_config
+from megatron.checkpoint.hf_tokenizer import special_token_ids, write_tokenizer
 from megatron.checkpoint.safetensors_writer import TensorPlan, write_safetensors
+from megatron.checkpoint.tensor_source import TensorSource
+from megatron.config import ModelConfig
 from megatron.errors import CheckpointError
-from megatron.tokenizer import Tokenizer, load_tokenizer
-
-# What MegatronBert takes where nothing is known of a tokenizer.
-_USUAL_PAD_TOKEN = 0
+from megatron.tokenizer import Tokenizer
 
 
-def export_bert(
-    checkpoint: Checkpoint,
+def write_hugging_face(
     directory: Path,
+    model: ModelConfig,
+    source: TensorSource,
     *,
     max_bytes: int,
+    dtype: torch.dtype | None = None,
+    tokenizer: Tokenizer | None = None,
     on_bytes: Callable[[int], None] = lambda _: None,
-) -> None:
+) -> list[str]:
     """Write the model and its tokenizer into `directory`, in files of at most `max_bytes`.
 
-    on_bytes: told how many bytes have been written so far.
+    Args:
+        source: all tensors of the model, by our names; their class follows from the heads.
+        dtype: type to store; by default each tensor's own.
+        on_bytes: told how many bytes have been written so far.
+
+    Returns:
+        What a reader of the directory should know, a sentence each.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, is no BERT, or cannot be expressed there.
+        CheckpointError: tensors are missing or unknown, or the model cannot be expressed there.
     """
-    model = checkpoint.config.model
-    plans = _plans(checkpoint)
-    tokenizer = _tokenizer(checkpoint)
-    pad = _USUAL_PAD_TOKEN if tokenizer is None else tokenizer.pad
-    config = hugging_face_config(model, pad_token_id=pad, dtype=plans[0].dtype)
-    tensors = to_hugging_face(model, checkpoint.stored.read)
-    write_safetensors(directory, plans, _counted(tensors, on_bytes), max_bytes=max_bytes)
-    text = json.dumps(config, indent=2) + "\n"
+    written = architecture_for(model).to_write(model, source.shapes)
+    plans = list(_plans(written, source, dtype))
+    config = hugging_face_config(
+        model,
+        dtype=plans[0].dtype,
+        class_name=written.class_name,
+        tokens={} if tokenizer is None else special_token_ids(tokenizer, model),
+    )
+    tensors = _converted(plans, _tensors(written, source), on_bytes)
+    write_safetensors(directory, plans, tensors, max_bytes=max_bytes)
+    text = json.dumps(config | _labels(source), indent=2) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
+    notes = list(written.notes)
     if tokenizer is not None:
-        tokenizer.save(directory)
+        notes += write_tokenizer(directory, tokenizer, model)
+    return notes
 
 
-def _plans(checkpoint: Checkpoint) -> list[TensorPlan]:
+def _plans(
+    written: Written, source: TensorSource, dtype: torch.dtype | None
+) -> Iterator[TensorPlan]:
     """What will be written: known before any tensor is read."""
-    shapes, dtypes = checkpoint.weights, checkpoint.stored.dtypes
-    ours = {entry.ours: entry for entry in entries(checkpoint.config.model)}
-    missing = [key for key in ours if key not in shapes]
-    unknown = [key for key in shapes if key not in ours]
+    shapes, dtypes = source.shapes, source.dtypes
+    ours = {entry.ours for entry in written.entries}
+    missing = sorted(ours - shapes.keys())
+    unknown = sorted(shapes.keys() - ours)
     if missing or unknown:
         raise CheckpointError(
-            f"checkpoint {checkpoint.path} is no BERT of its configuration: "
-            f"{len(missing)} tensors are missing {missing[:3]}, "
-            f"{len(unknown)} unknown {unknown[:3]}"
+            f"these tensors are no {written.class_name} of their configuration: "
+            f"{len(missing)} are missing {missing[:3]}, {len(unknown)} unknown {unknown[:3]}"
         )
-    return [
-        TensorPlan(name, shape, dtypes[key])
-        for key, entry in ours.items()
-        for name, shape in zip(entry.theirs, entry.shapes(shapes[key]), strict=True)
-    ]
+    further = _further_names(written)
+    for entry in written.entries:
+        kind = dtype or dtypes[entry.ours]
+        for name, shape in zip(entry.theirs, entry.shapes(shapes[entry.ours]), strict=True):
+            yield TensorPlan(name, shape, kind)
+            if name in further:
+                yield TensorPlan(further[name], shape, kind)
+    for name, shape in written.zeros.items():
+        yield TensorPlan(name, shape, dtype or dtypes[written.entries[0].ours])
 
 
-def _counted(
-    tensors: Iterator[tuple[str, torch.Tensor]], on_bytes: Callable[[int], None]
+def _tensors(written: Written, source: TensorSource) -> Iterator[torch.Tensor]:
+    """The tensors in the order of their plans, one of ours read at a time."""
+    further = _further_names(written)
+    for entry in written.entries:
+        parts = entry.split(source.read(entry.ours))
+        for name, tensor in zip(entry.theirs, parts, strict=True):
+            yield tensor
+            if name in further:
+                yield tensor
+    for shape in written.zeros.values():
+        yield torch.zeros(shape)
+
+
+def _further_names(written: Written) -> dict[str, str]:
+    """For each tensor that is written twice, its second name."""
+    return {name: copy for copy, name in written.copies.items()}
+
+
+def _converted(
+    plans: list[TensorPlan], tensors: Iterator[torch.Tensor], on_bytes: Callable[[int], None]
 ) -> Iterator[torch.Tensor]:
     count = 0
-    for _, tensor in tensors:
-        yield tensor
-        count += tensor.nbytes
+    for plan, tensor in zip(plans, tensors, strict=True):
+        yield tensor.to(plan.dtype)
+        count += plan.num_bytes
         on_bytes(count)
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer | None:
-    """The tokenizer whose vocabulary came with the checkpoint, if one did."""
-    data = checkpoint.config.data
-    carried = {file.name: str(file) for file in checkpoint.tokenizer_files}
-    if data.vocab_file is None or Path(data.vocab_file).name not in carried:
-        return None
-    vocab_file = carried[Path(data.vocab_file).name]
-    merge_file = data.merge_file and carried.get(Path(data.merge_file).name)
-    tokenizer = load_tokenizer(data.tokenizer_type, vocab_file, merge_file)
-    longest = {"model_max_length": checkpoint.config.model.max_position_embeddings}
-    return dataclasses.replace(tokenizer, settings={**tokenizer.settings, **longest})
+def _labels(source: TensorSource) -> dict[str, dict[str, object]]:
+    """How many labels a classifier or the ends of an answer have, as config.json says it."""
+    heads = [source.shapes.get(f"{head}.weight") for head in ("classifier", "qa_outputs")]
+    counts = [shape[0] for shape in heads if shape is not None]
+    if not counts:
+        return {}
+    names = [f"LABEL_{number}" for number in range(counts[0])]
+    return {
+        "id2label": {str(number): name for number, name in enumerate(names)},
+        "label2id": {name: number for number, name in enumerate(names)},
+    }
