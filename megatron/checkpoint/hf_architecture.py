@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from megatron.checkpoint.name_map import Entry, Shape, missing
+from megatron.checkpoint.name_map import Entry, Shape, missing, unknown
 from megatron.config import ModelConfig, all_flags
 from megatron.config.flags import in_interval
 from megatron.config.model import ACTIVATIONS
