@@ -21,6 +21,7 @@ import math
 import pickle
 import pickletools
 import re
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -175,7 +176,9 @@ class _Recorder(pickle.Unpickler):
         self.storages: dict[str, StorageView] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        module = "builtins" if module == "__builtin__" else module
+        # Protocol 2 has Python 2's names of the standard library.
+        there = IMPORT_MAPPING.get(module, module), name
+        module, name = NAME_MAPPING.get((module, name), there)
         module = re.sub(r"^numpy\._core\b", "numpy.core", module)  # its name since numpy 2
         full_name = f"{module}.{name}"
         if module == "torch" and name in _DTYPES:
@@ -228,8 +231,8 @@ class _Translator:
         if kind in (list, tuple, set, frozenset):
             return kind(self.value(each, (*keys, str(i))) for i, each in enumerate(record))
         if not isinstance(record, _Named):
-            what = _name(record) if isinstance(record, _Sealed) else kind.__name__
-            raise RefusedError(f"{_at(keys)} is {what} itself; only tensors and values are read")
+            what = _name(record) if isinstance(record, _Sealed) else "a storage"
+            raise RefusedError(f"{_at(keys)} is {what}; only tensors and plain values are read")
         maker = _MAKERS.get(record.full_name)
         if maker is None:
             if not _of_megatron(record.full_name):
@@ -254,10 +257,11 @@ _Maker = Callable[[_Translator, _Named, Keys], Any]
 
 
 def _namespace(to: _Translator, call: _Named, keys: Keys) -> argparse.Namespace:
-    if call.arguments or type(call.state) is not dict or not all(map(_is_text, call.state)):
+    state = call.state or {}
+    if call.arguments or type(state) is not dict or not all(type(name) is str for name in state):
         raise ValueError("not made of names and values")
     space = argparse.Namespace()
-    vars(space).update(to.pairs(list(call.state.items()), keys))
+    vars(space).update(to.pairs(list(state.items()), keys))
     return space
 
 
@@ -275,9 +279,10 @@ def _default_dict(to: _Translator, call: _Named, keys: Keys) -> dict[Any, Any]:
     return to.pairs(call.items, keys)
 
 
-def _set(to: _Translator, call: _Named, keys: Keys) -> set[Any]:
+def _set(to: _Translator, call: _Named, keys: Keys) -> set[Any] | frozenset[Any]:
     (members,) = call.arguments or ([],)
-    return set(to.value(members, keys))
+    kind = set if call.full_name == "builtins.set" else frozenset
+    return kind(to.value(members, keys))
 
 
 def _complex(to: _Translator, call: _Named, keys: Keys) -> complex:
@@ -336,11 +341,19 @@ def _scalar(to: _Translator, call: _Named, keys: Keys) -> Any:
     return _numbers((), dtype, "C", data).item()
 
 
+def _array_of_bytes(to: _Translator, call: _Named, keys: Keys) -> np.ndarray[Any, Any]:
+    """An array in a pickle of protocol 5."""
+    data, dtype, shape, order = (to.value(each, keys) for each in call.arguments)
+    return _numbers(shape, dtype, order, data)
+
+
 def _numbers(shape: Any, dtype: Any, order: Any, data: Any) -> np.ndarray[Any, Any]:
-    dtype = _expect(np.dtype, dtype)
-    if not _counts(*shape) or len(_expect(bytes, data)) != math.prod(shape) * dtype.itemsize:
+    if not isinstance(dtype, np.dtype) or not isinstance(data, bytes | bytearray):
+        raise TypeError(f"{_name(dtype)} of {_name(data)}")
+    if not _counts(*shape) or len(data) != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{len(data)} bytes for {shape} of {dtype}")
-    return np.ndarray(shape, dtype, buffer=data, order=order).copy(order)
+    array = np.ndarray(shape, dtype, buffer=data, order=order)
+    return array.astype(dtype.newbyteorder("="), order=order)
 
 
 def _tensor(to: _Translator, call: _Named, keys: Keys) -> Any:
@@ -389,16 +402,12 @@ def _at(keys: Keys) -> str:
     return ".".join(keys) or "the whole content"
 
 
-def _is_text(value: Any) -> bool:
-    return type(value) is str
-
-
 def _counts(*values: Any) -> bool:
     return all(type(value) is int and value >= 0 for value in values)
 
 
 def _expect(kind: type[_T], value: Any) -> _T:
-    if not isinstance(value, kind):
+    if type(value) is not kind:
         raise TypeError(f"{_name(value)} where {kind.__name__} belongs")
     return value
 
@@ -414,11 +423,13 @@ _MAKERS: dict[str, _Maker] = {
     "argparse.Namespace": _namespace,
     "builtins.bytes": _no_bytes,
     "builtins.complex": _complex,
+    "builtins.frozenset": _set,
     "builtins.set": _set,
     "collections.OrderedDict": _ordered_dict,
     "collections.defaultdict": _default_dict,
     "numpy.core.multiarray._reconstruct": _array,
     "numpy.core.multiarray.scalar": _scalar,
+    "numpy.core.numeric._frombuffer": _array_of_bytes,
     "numpy.dtype": _numpy_dtype,
     "torch.Size": _size,
     "torch.device": _device,

@@ -1,8 +1,9 @@
 """Write a file that `torch.load` reads, holding one of its tensors in memory at a time.
 
-`torch.save` wants all tensors at once. But in the zip format the pickled objects need only the shape
-and type of a tensor and the key of its storage, and the storages follow one by one. So the objects
-are pickled first, with `DeferredTensor`s in them, and each tensor is made when its turn comes.
+`torch.save` wants all tensors at once. But in the zip format the pickled objects need only the
+shape and type of a tensor and the key of its storage, and the storages follow one by one. So the
+objects are pickled first, with `DeferredTensor`s in them, and each tensor is made when its turn
+comes.
 `archive` describes the format.
 """
 
@@ -51,8 +52,8 @@ def write_archive(
 ) -> None:
     """Write `tree` to `path`, which appears, or changes, once all of it is on the disk.
 
-    tree: dictionaries, lists, tuples, plain values, numpy arrays, `argparse.Namespace`s, tensors and
-        `DeferredTensor`s; those are made one at a time, in the order in which they are met.
+    tree: dictionaries, lists, tuples, plain values, numpy arrays, `argparse.Namespace`s, tensors
+        and `DeferredTensor`s; those are made one at a time, in the order in which they are met.
     on_bytes: told how many bytes of tensors have been written so far.
     """
     beside = path.with_name(f"{path.name}.incomplete")
@@ -71,17 +72,22 @@ def _write(file: io.BufferedWriter, tree: Any, on_bytes: Callable[[int], None]) 
     objects = io.BytesIO()
     pickler = _Pickler(objects)
     pickler.dump(tree)
-    archive = torch._C.PyTorchFileWriter(file)
+    archive: Any = torch._C.PyTorchFileWriter(file)
     archive.write_record("data.pkl", objects.getvalue(), len(objects.getvalue()))
-    archive.write_record("byteorder", sys.byteorder, len(sys.byteorder))
+    archive.write_record("byteorder", sys.byteorder.encode(), len(sys.byteorder))
     written = 0
     for key, deferred in enumerate(pickler.deferred):
-        tensor = deferred.make().detach().cpu().contiguous()
-        assert (tensor.shape, tensor.dtype) == (deferred.shape, deferred.dtype), f"{deferred}"
-        archive.write_record(f"data/{key}", tensor.data_ptr(), tensor.nbytes)
-        written += tensor.nbytes
+        archive.write_record(f"data/{key}", _made(deferred), deferred.num_bytes)
+        written += deferred.num_bytes
         on_bytes(written)
     archive.write_end_of_file()
+
+
+def _made(deferred: DeferredTensor) -> torch.UntypedStorage:
+    """The bytes of a deferred tensor, and nothing else that its storage may hold."""
+    tensor = deferred.make().detach().cpu().contiguous()
+    assert (tensor.shape, tensor.dtype) == (deferred.shape, deferred.dtype), f"{deferred}"
+    return torch.from_numpy(tensor.flatten().view(torch.uint8).numpy()).untyped_storage()
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ class _Pickler(pickle.Pickler):
         storage = _Storage(len(self.deferred), obj.dtype, math.prod(obj.shape))
         self.deferred.append(obj)
         stride = _contiguous(obj.shape)
-        arguments = (storage, 0, tuple(obj.shape), stride, False, OrderedDict())
+        arguments: tuple[Any, ...] = (storage, 0, tuple(obj.shape), stride, False, OrderedDict())
         return torch._utils._rebuild_tensor_v2, arguments
 
     def persistent_id(self, obj: Any) -> Any:
