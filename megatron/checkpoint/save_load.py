@@ -81,10 +81,33 @@ def save_checkpoint(
     named = _global_tensors(tensors, state, with_optimizer=not config.train.no_save_optim)
     if not config.train.no_save_rng:
         named |= _random_tensors(state)
+    write_checkpoint(
+        directory, iteration, named, run_state, config=config, state=state, files=files
+    )
+
+
+def write_checkpoint(
+    directory: Path,
+    iteration: int,
+    tensors: Mapping[str, GlobalTensor],
+    run_state: Mapping[str, Any],
+    *,
+    config: Config,
+    state: ParallelState,
+    files: Sequence[Path] = (),
+    writer: Callable[[Path], CheckpointWriter] | None = None,
+) -> None:
+    """As `save_checkpoint`, from the global tensors under their names.
+
+    writer: makes what writes the tensors into a directory, where it is not a `CheckpointWriter`.
+
+    Raises:
+        CheckpointError: it could not be written; what was there before is still there.
+    """
     aside = aside_path(directory, iteration)
     try:
         _on_first(lambda: begin(directory, iteration), state)
-        _write_tensors(named, aside, state)
+        _write_tensors(tensors, (writer or CheckpointWriter)(aside), state)
         _on_first(lambda: _finish(directory, iteration, run_state, config, files), state)
     except CheckpointError:
         if state.rank == 0:
@@ -166,7 +189,7 @@ def _same_memory(one: GlobalTensor, other: GlobalTensor) -> bool:
     return all(a.view.data_ptr() == b.view.data_ptr() for a, b in pairs)
 
 
-class _Writer(dcp.FileSystemWriter):
+class CheckpointWriter(dcp.FileSystemWriter):
     """DCP's writer, without the note of where a checkpoint was once written."""
 
     def storage_meta(self) -> StorageMeta | None:
@@ -174,15 +197,21 @@ class _Writer(dcp.FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         try:
-            return super().write_data(plan, planner)
+            return self.write_boxes(plan, planner)
         except RuntimeError as error:
             # torch.save calls a full disk an unexpected position; what happened is said below it.
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
 
+    def write_boxes(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write what the plan says."""
+        return super().write_data(plan, planner)
 
-def _write_tensors(named: Mapping[str, GlobalTensor], path: Path, state: ParallelState) -> None:
+
+def _write_tensors(
+    named: Mapping[str, GlobalTensor], writer: CheckpointWriter, state: ParallelState
+) -> None:
     planner = dcp.DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     try:
         with warnings.catch_warnings():
@@ -190,13 +219,13 @@ def _write_tensors(named: Mapping[str, GlobalTensor], path: Path, state: Paralle
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
             dcp.save(
                 dict(named),
-                storage_writer=_Writer(path),
+                storage_writer=writer,
                 planner=planner,
                 no_dist=state.world_size == 1,
             )
     except CheckpointException as error:
         raise CheckpointError(
-            f"rank {rank} cannot write {path}: {getattr(cause, 'strerror', None) or cause}"
+            f"rank {rank} cannot write {writer.path}: {getattr(cause, 'strerror', None) or cause}"
             for rank, (cause, _) in error.failures.items()
         ) from error
 
