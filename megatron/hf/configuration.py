@@ -30,6 +30,31 @@ _POSITIONS = ("absolute", "relative_key", "relative_key_query")
 _NOT_WRITTEN = ("name_or_path",)
 
 
+def _own_fields(cls: type) -> Iterator[tuple[str, str]]:
+    """Name and type, as written, of the fields that a class itself declares."""
+    for name, kind in inspect.get_annotations(cls).items():
+        if not kind.startswith("ClassVar"):
+            yield name, kind
+
+
+def _declared(cls: type) -> dict[str, Any]:
+    """The defaults of the fields that a class itself declares."""
+    return {name: getattr(cls, name) for name, _ in _own_fields(cls)}
+
+
+def _parameters(cls: type) -> Iterator[inspect.Parameter]:
+    """The constructor's: the subclasses' fields, by position as well, then the shared ones."""
+    kinds = inspect.Parameter
+    lineage = [each for each in reversed(cls.__mro__) if hasattr(each, "model_type")]
+    shared, *own = lineage
+    for each, kind in [(each, kinds.POSITIONAL_OR_KEYWORD) for each in own] + [
+        (shared, kinds.KEYWORD_ONLY)
+    ]:
+        for name, annotation in _own_fields(each):
+            yield inspect.Parameter(name, kind, default=getattr(cls, name), annotation=annotation)
+    yield inspect.Parameter("kwargs", kinds.VAR_KEYWORD)
+
+
 class PretrainedConfig:
     """The fields that models of all kinds share, and how a configuration is read and written.
 
@@ -354,31 +379,6 @@ _USUAL_LABELS = {
     "id2label": {0: "LABEL_0", 1: "LABEL_1"},
     "label2id": {"LABEL_0": 0, "LABEL_1": 1},
 }
-
-
-def _own_fields(cls: type) -> Iterator[tuple[str, str]]:
-    """Name and type, as written, of the fields that a class itself declares."""
-    for name, kind in inspect.get_annotations(cls).items():
-        if not kind.startswith("ClassVar"):
-            yield name, kind
-
-
-def _declared(cls: type) -> dict[str, Any]:
-    """The defaults of the fields that a class itself declares."""
-    return {name: getattr(cls, name) for name, _ in _own_fields(cls)}
-
-
-def _parameters(cls: type) -> Iterator[inspect.Parameter]:
-    """The constructor's: the subclasses' fields, by position as well, then the shared ones."""
-    kinds = inspect.Parameter
-    lineage = [each for each in reversed(cls.__mro__) if issubclass(each, PretrainedConfig)]
-    shared, *own = lineage
-    for each, kind in [(each, kinds.POSITIONAL_OR_KEYWORD) for each in own] + [
-        (shared, kinds.KEYWORD_ONLY)
-    ]:
-        for name, annotation in _own_fields(each):
-            yield inspect.Parameter(name, kind, default=getattr(cls, name), annotation=annotation)
-    yield inspect.Parameter("kwargs", kinds.VAR_KEYWORD)
 
 
 def _renamed(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,8 +6,8 @@ The classes, their fields and the order of these are those that `transformers` d
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, fields
-from typing import Any, NoReturn
+from dataclasses import Field, dataclass, fields
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 from torch.utils import _pytree
@@ -22,6 +22,9 @@ class ModelOutput(OrderedDict[str, Any]):
     that is None is an attribute and no item. Items can be set and not taken away.
     """
 
+    # Subclasses are dataclasses; this one has no field of its own.
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         # So that torch finds the tensors inside, as DistributedDataParallel does.
@@ -33,7 +36,7 @@ class ModelOutput(OrderedDict[str, Any]):
         )
 
     def __post_init__(self) -> None:
-        for field in fields(self):  # type: ignore[arg-type]  # subclasses are dataclasses
+        for field in fields(self):
             value = getattr(self, field.name)
             if value is not None:
                 super().__setitem__(field.name, value)
@@ -48,7 +51,7 @@ class ModelOutput(OrderedDict[str, Any]):
         super().__setattr__(key, value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if value is not None and name in self.__dataclass_fields__:  # type: ignore[attr-defined]
+        if value is not None and name in self.__dataclass_fields__:
             super().__setitem__(name, value)
         super().__setattr__(name, value)
 
@@ -71,7 +74,7 @@ class ModelOutput(OrderedDict[str, Any]):
         raise TypeError(f"{type(self).__name__}: an output has no {method}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        values = tuple(getattr(self, field.name) for field in fields(self))  # type: ignore[arg-type]
+        values = tuple(getattr(self, field.name) for field in fields(self))
         return type(self), values
 
     def __copy__(self) -> ModelOutput:

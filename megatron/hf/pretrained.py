@@ -45,7 +45,7 @@ from megatron.hf.hub import locate_weights
 from megatron.hf.loading import BUFFERS, Found, Naming, find, read_into, size_error, without
 from megatron.hf.parallel import native_config, parallel_state, stage_of
 from megatron.hf.saving import number_of_bytes, write_model
-from megatron.hf.tf_weights import TensorFlowCheckpoint
+from megatron.hf.tf_weights import TensorFlowCheckpoint, load_tf_weights
 from megatron.mpu import ParallelState, ShardSpec
 from megatron.mpu.init import InitMethod, create_parameter, normal, ones, zeros
 from megatron.mpu.watchdog import waiting
@@ -83,6 +83,8 @@ class PreTrainedModel(nn.Module):
     # Patterns of names that a load says nothing about.
     _keys_to_ignore_on_load_missing: ClassVar[Sequence[str]] = (r"embeddings\.position_ids",)
     _keys_to_ignore_on_load_unexpected: ClassVar[Sequence[str]] = ()
+
+    load_tf_weights = load_tf_weights
 
     config: BertFamilyConfig
     state: ParallelState
