@@ -9,6 +9,7 @@ from torch import Tensor
 
 from megatron.errors import ConfigError
 from megatron.hf.backbone import Inputs, Top
+from megatron.hf.configuration import BertFamilyConfig
 from megatron.hf.heads import (
     HeadedModel,
     label_loss,
@@ -22,6 +23,7 @@ from megatron.hf.outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
+from megatron.mpu import ParallelState
 
 
 class ForSequenceClassification(HeadedModel):
@@ -187,6 +189,16 @@ class ForQuestionAnswering(HeadedModel):
     heads = ("qa",)
     reads_pooled = False
 
+    def __init__(
+        self, config: BertFamilyConfig, *, parallel_state: ParallelState | None = None
+    ) -> None:
+        if config.num_labels != 2:
+            raise ConfigError(
+                f"num_labels: found {config.num_labels}, and question answering has 2, one for "
+                "the start and one for the end of the answer"
+            )
+        super().__init__(config, parallel_state=parallel_state)
+
     def _build_heads(self) -> None:
         self.qa_outputs = self._linear("qa_outputs", self.num_labels)
 
@@ -209,11 +221,6 @@ class ForQuestionAnswering(HeadedModel):
         Args:
             start_positions, end_positions: i64[b]; one behind the sequence is left out.
         """
-        if self.num_labels != 2:
-            raise ConfigError(
-                f"num_labels={self.num_labels}: question answering has 2, one for the start and "
-                "one for the end of the answer"
-            )
         inputs = Inputs(
             input_ids,
             attention_mask,
