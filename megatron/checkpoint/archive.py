@@ -20,6 +20,7 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import pickle
 import shutil
 import struct
 import tempfile
@@ -184,7 +185,8 @@ class LazyArchive:
             whole = len(data) == place.size
             if whole and place.checksum is not None and zlib.crc32(data) != place.checksum:
                 raise self._damage(tensor, f"bad checksum of storage {tensor._storage.key}")
-            return span.as_strided(tensor.shape, tensor.stride).contiguous()
+            strided = span.as_strided(tensor.shape, tensor.stride)
+            return span.view(tensor.shape) if strided.is_contiguous() else strided.contiguous()
         except (OSError, EOFError, MemoryError, RuntimeError) as error:
             raise self._damage(tensor, _first_line(error)) from error
 
@@ -202,6 +204,8 @@ def _load(file: io.RawIOBase, make: Callable[[TensorFound], LazyTensor]) -> _Loa
     file.seek(0)
     if start == _ZIP_START:
         return _load_zip(file, make)
+    if not start.startswith(pickle.PROTO):
+        raise RefusedError("torch.save did not write it")
     buffered: Any = io.BufferedReader(file)
     try:
         return _load_legacy(buffered, make)

@@ -139,14 +139,11 @@ class _Careful(io.RawIOBase):
         return self._stream.readline(_LONGEST_READ)
 
 
-class _Sealed(type):
-    """The type of classes that a pickle can call and cannot change."""
-
-    def __setattr__(cls, name: str, value: object) -> None:
-        raise RefusedError(f"it changes the class {cls.__name__}")
+class _Name(type):
+    """The type of what a name in a pickle becomes."""
 
 
-class _Named(metaclass=_Sealed):
+class _Named(metaclass=_Name):
     """The record of a call: each name in a pickle gets a subclass, each call is an instance."""
 
     __slots__ = ("arguments", "items", "state")
@@ -164,6 +161,7 @@ class _Named(metaclass=_Sealed):
     def __setitem__(self, key: Any, value: Any) -> None:
         self.items.append((key, value))
 
+    # BUILD calls this, and sets no attributes, neither of a call nor of the class.
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
@@ -186,13 +184,13 @@ class _Recorder(pickle.Unpickler):
         storage = module == "torch" and name in STORAGE_TYPES
         if not (storage or full_name in _MAKERS or full_name in _BARE or _of_megatron(module)):
             raise RefusedError(f"it holds {full_name}; only tensors and plain values are read")
-        return _Sealed(name, (_Named,), {"__slots__": (), "full_name": full_name})
+        return _Name(name, (_Named,), {"__slots__": (), "full_name": full_name})
 
     def persistent_load(self, pid: Any) -> StorageView:
         kind, storage_type, key, _location, total, *views = pid
         if kind != "storage":
             raise RefusedError(f"it holds a {kind}; only tensors and plain values are read")
-        dtype = STORAGE_TYPES[_name(storage_type).removeprefix("torch.")]
+        dtype = STORAGE_TYPES[_name_of(storage_type).removeprefix("torch.")]
         _, start, length = (views or [None])[0] or (None, 0, total)
         if not isinstance(key, str) or not _counts(total, start, length) or start + length > total:
             raise ValueError(f"{length} elements at {start} of {total} in storage {key}")
@@ -231,7 +229,7 @@ class _Translator:
         if kind in (list, tuple, set, frozenset):
             return kind(self.value(each, (*keys, str(i))) for i, each in enumerate(record))
         if not isinstance(record, _Named):
-            what = _name(record) if isinstance(record, _Sealed) else "a storage"
+            what = _name_of(record) if isinstance(record, _Name) else "a storage"
             raise RefusedError(f"{_at(keys)} is {what}; only tensors and plain values are read")
         maker = _MAKERS.get(record.full_name)
         if maker is None:
@@ -274,7 +272,7 @@ def _ordered_dict(to: _Translator, call: _Named, keys: Keys) -> dict[Any, Any]:
 
 def _default_dict(to: _Translator, call: _Named, keys: Keys) -> dict[Any, Any]:
     (factory,) = call.arguments or (None,)
-    if factory is not None and _name(factory) not in _FACTORIES:
+    if factory is not None and _name_of(factory) not in _FACTORIES:
         raise ValueError("its values are made by something else than a plain type")
     return to.pairs(call.items, keys)
 
@@ -349,7 +347,7 @@ def _array_of_bytes(to: _Translator, call: _Named, keys: Keys) -> np.ndarray[Any
 
 def _numbers(shape: Any, dtype: Any, order: Any, data: Any) -> np.ndarray[Any, Any]:
     if not isinstance(dtype, np.dtype) or not isinstance(data, bytes | bytearray):
-        raise TypeError(f"{_name(dtype)} of {_name(data)}")
+        raise TypeError(f"{_name_of(dtype)} of {_name_of(data)}")
     if not _counts(*shape) or len(data) != math.prod(shape) * dtype.itemsize:
         raise ValueError(f"{len(data)} bytes for {shape} of {dtype}")
     array = np.ndarray(shape, dtype, buffer=data, order=order)
@@ -377,9 +375,9 @@ def _parameter(to: _Translator, call: _Named, keys: Keys) -> Any:
 def _tensor_with_attributes(to: _Translator, call: _Named, keys: Keys) -> Any:
     """A tensor that Megatron-LM has put attributes on, such as `partition_dim`."""
     function, kind, arguments, _ = call.arguments
-    if _name(function) not in _REBUILT or _name(kind) not in _TENSOR_TYPES:
-        raise ValueError(f"{_name(kind)} made by {_name(function)}")
-    return _MAKERS[_name(function)](to, function(*arguments), keys)
+    if _name_of(function) not in _REBUILT or _name_of(kind) not in _TENSOR_TYPES:
+        raise ValueError(f"{_name_of(kind)} made by {_name_of(function)}")
+    return _MAKERS[_name_of(function)](to, function(*arguments), keys)
 
 
 def _unknown(to: _Translator, call: _Named, keys: Keys) -> Unknown:
@@ -392,8 +390,8 @@ def _of_megatron(module: str) -> bool:
     return f"{module}.".startswith(("megatron.", "fp16.loss_scaler."))
 
 
-def _name(record: Any) -> str:
-    if isinstance(record, _Sealed):
+def _name_of(record: Any) -> str:
+    if isinstance(record, _Name):
         return vars(record)["full_name"]
     return type(record).__name__
 
@@ -408,7 +406,7 @@ def _counts(*values: Any) -> bool:
 
 def _expect(kind: type[_T], value: Any) -> _T:
     if type(value) is not kind:
-        raise TypeError(f"{_name(value)} where {kind.__name__} belongs")
+        raise TypeError(f"{_name_of(value)} where {kind.__name__} belongs")
     return value
 
 

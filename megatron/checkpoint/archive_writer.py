@@ -16,6 +16,7 @@ import pickle
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,10 @@ def write_archive(
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except BaseException:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # the disk is full
+            error.filename = str(path)
         raise
 
 
@@ -73,13 +76,19 @@ def _write(file: io.BufferedWriter, tree: Any, on_bytes: Callable[[int], None]) 
     pickler = _Pickler(objects)
     pickler.dump(tree)
     archive: Any = torch._C.PyTorchFileWriter(file)
-    archive.write_record("data.pkl", objects.getvalue(), len(objects.getvalue()))
-    archive.write_record("byteorder", sys.byteorder.encode(), len(sys.byteorder))
-    written = 0
-    for key, deferred in enumerate(pickler.deferred):
-        archive.write_record(f"data/{key}", _made(deferred), deferred.num_bytes)
-        written += deferred.num_bytes
-        on_bytes(written)
+    try:
+        archive.write_record("data.pkl", objects.getvalue(), len(objects.getvalue()))
+        archive.write_record("byteorder", sys.byteorder.encode(), len(sys.byteorder))
+        written = 0
+        for key, deferred in enumerate(pickler.deferred):
+            archive.write_record(f"data/{key}", _made(deferred), deferred.num_bytes)
+            written += deferred.num_bytes
+            on_bytes(written)
+    except BaseException:
+        # Else its destructor would do it, and end the process where that fails.
+        with suppress(RuntimeError, OSError):
+            archive.write_end_of_file()
+        raise
     archive.write_end_of_file()
 
 
@@ -87,7 +96,8 @@ def _made(deferred: DeferredTensor) -> torch.UntypedStorage:
     """The bytes of a deferred tensor, and nothing else that its storage may hold."""
     tensor = deferred.make().detach().cpu().contiguous()
     assert (tensor.shape, tensor.dtype) == (deferred.shape, deferred.dtype), f"{deferred}"
-    return torch.from_numpy(tensor.flatten().view(torch.uint8).numpy()).untyped_storage()
+    flat = tensor.as_strided((tensor.numel(),), (1,))
+    return torch.from_numpy(flat.view(torch.uint8).numpy()).untyped_storage()
 
 
 @dataclass(frozen=True)

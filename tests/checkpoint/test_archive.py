@@ -52,7 +52,7 @@ def read_all(lazy: Any) -> Any:
     """The tree with its tensors read."""
     if isinstance(lazy, LazyTensor):
         tensor = lazy.read()
-        assert tensor.is_contiguous()
+        assert tensor.stride() == torch.empty(lazy.shape).stride()
         assert (tuple(tensor.shape), tensor.dtype) == (lazy.shape, lazy.dtype)
         assert tensor.untyped_storage().nbytes() == lazy.num_bytes
         return tensor
@@ -344,7 +344,7 @@ HAND_WRITTEN = {
     "a class changed by a dictionary": NAMESPACE + b"}X\x08\x00\x00\x00__init__Nsb.",
     "a call of an old instruction": b"(X\x04\x00\x00\x00trueios\nsystem\n.",
     "another call of an old instruction": b"(cos\nsystem\nX\x04\x00\x00\x00trueo.",
-    "a dotted name": b"\x80\x04\x8c\x08argparse\x8c\x0b_os.system.x\x93.",
+    "a dotted name": b"\x80\x04\x8c\x08argparse\x8c\x0c_os.system.x\x93.",
     "an unknown extension": b"\x80\x02\x82\x01.",
     "a list that holds itself": b"\x80\x02]q\x00h\x00a.",
     "a namespace of numbers": NAMESPACE + b")\x81}K\x01K\x02sb.",
@@ -485,7 +485,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
         LazyArchive(tmp_path / "absent.pt")
     path = tmp_path / "other.pt"
     path.write_bytes(b"some text")
-    with pytest.raises(CheckpointError, match=r"other.pt is damaged"):
+    with pytest.raises(CheckpointError, match=r"other.pt is refused: torch.save did not"):
         LazyArchive(path)
     path.write_bytes(pickle.dumps({"a": 1}, 2) * 3)
     with pytest.raises(CheckpointError, match=r"other.pt is refused: torch.save did not"):
