@@ -246,10 +246,8 @@ class Architecture(ABC):
         """`found`, after a look at what is missing or left over."""
         meant = set(theirs) - set(found.renamed.values()) | set(found.renamed)
         absent = missing(found.entries, meant)
-        known = {name for entry in found.entries for name in entry.theirs}
-        extra = [
-            name for name in meant if name not in known and not self.is_ignorable(name, found.model)
-        ]
+        left = unknown(found.entries, meant)
+        extra = [name for name in left if not self.is_ignorable(name, found.model)]
         problems = [
             f"{len(names)} tensors of the {self.model_type} are {what}: {_some(names)}"
             for what, names in (("missing", absent), ("not known", extra))

@@ -56,8 +56,10 @@ def write_hugging_face(
         class_name=written.class_name,
         tokens={} if tokenizer is None else special_token_ids(tokenizer, model),
     )
-    tensors = _converted(plans, _tensors(written, source), on_bytes)
-    write_safetensors(directory, plans, tensors, max_bytes=max_bytes)
+    tensors = (
+        tensor.to(plan.dtype) for plan, tensor in zip(plans, _tensors(written, source), strict=True)
+    )
+    write_safetensors(directory, plans, tensors, max_bytes=max_bytes, on_bytes=on_bytes)
     text = json.dumps(config | _labels(source), indent=2) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
     notes = list(written.notes)
@@ -106,16 +108,6 @@ def _tensors(written: Written, source: TensorSource) -> Iterator[torch.Tensor]:
 def _further_names(written: Written) -> dict[str, str]:
     """For each tensor that is written twice, its second name."""
     return {name: copy for copy, name in written.copies.items()}
-
-
-def _converted(
-    plans: list[TensorPlan], tensors: Iterator[torch.Tensor], on_bytes: Callable[[int], None]
-) -> Iterator[torch.Tensor]:
-    count = 0
-    for plan, tensor in zip(plans, tensors, strict=True):
-        yield tensor.to(plan.dtype)
-        count += plan.num_bytes
-        on_bytes(count)
 
 
 def _labels(source: TensorSource) -> dict[str, dict[str, object]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,16 +45,21 @@ def write_safetensors(
     tensors: Iterable[torch.Tensor],
     *,
     max_bytes: int,
+    on_bytes: Callable[[int], None] = lambda _: None,
 ) -> list[Path]:
     """Write the tensors, which come in the order of `plans`, in files of at most `max_bytes`.
 
-    A single tensor may exceed `max_bytes`. Returns the files written.
+    A single tensor may exceed `max_bytes`. `on_bytes` is told how many bytes of tensors have been
+    written so far. Returns the files written.
     """
     shards = list(_shards(plans, max_bytes))
     names = _file_names(len(shards))
     stream = iter(tensors)
+    count = 0
     for name, shard in zip(names, shards, strict=True):
-        _write_file(directory / name, shard, stream)
+        for size in _write_file(directory / name, shard, stream):
+            count += size
+            on_bytes(count)
     if len(shards) > 1:
         _write_index(directory / INDEX_FILE, dict(zip(names, shards, strict=True)))
     return [directory / name for name in names]
@@ -78,13 +83,17 @@ def _file_names(count: int) -> list[str]:
     return [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
 
 
-def _write_file(path: Path, plans: list[TensorPlan], tensors: Iterator[torch.Tensor]) -> None:
+def _write_file(
+    path: Path, plans: list[TensorPlan], tensors: Iterator[torch.Tensor]
+) -> Iterator[int]:
+    """Write one file, saying the size of each tensor behind it."""
     with path.open("wb") as file:
         file.write(_header(plans))
         for plan in plans:
             tensor = next(tensors)
             assert (tensor.shape, tensor.dtype) == (plan.shape, plan.dtype), plan.name
             file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            yield plan.num_bytes
 
 
 def _header(plans: list[TensorPlan]) -> bytes:

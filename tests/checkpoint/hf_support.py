@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.hf_models import open_hugging_face
+from megatron.checkpoint.hf_models import entries, open_hugging_face
+from megatron.checkpoint.name_map import to_ours, to_theirs
 from megatron.checkpoint.tensor_source import TensorSource
 from megatron.config import (
     Config,
@@ -102,6 +103,20 @@ def state_of(network: torch.nn.Module) -> Tensors:
             seen.add(tensor.data_ptr())
             state[name] = tensor
     return state
+
+
+def assert_map_is_complete(network: Any) -> None:
+    """The map has their names, makes our names and shapes of them, and returns the same bits."""
+    state = state_of(network)
+    model = open_hugging_face(network.config.to_dict(), DictSource(state)).model
+    mapped = entries(model)
+    assert {their for entry in mapped for their in entry.theirs} == state.keys()
+    ours = dict(to_ours(mapped, state.__getitem__))
+    assert {name: tuple(tensor.shape) for name, tensor in ours.items()} == {
+        name: spec.shape for name, spec in specs(build(model)).items()
+    }
+    for name, tensor in to_theirs(mapped, ours.__getitem__):
+        assert torch.equal(tensor, state[name]), name
 
 
 def ours_from(network: Any) -> Any:

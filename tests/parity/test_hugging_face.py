@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.hf_megatron_bert import hugging_face_config, to_hugging_face
+from megatron.checkpoint.hf_models import entries, hugging_face_config
+from megatron.checkpoint.name_map import to_theirs
 from megatron.config import Config
 from megatron.model import BertModel
 from megatron.mpu import ParallelState
@@ -30,11 +31,11 @@ GLOBAL_BATCH = 8
 
 
 def _their_model(config: Config, ours: BertModel) -> Any:
-    options = hugging_face_config(config.model, pad_token_id=0, dtype=torch.float64)
+    options = hugging_face_config(config.model, dtype=torch.float64)
     model = transformers.MegatronBertForPreTraining(transformers.MegatronBertConfig(**options))
     model.double()  # before the weights are loaded: they would be rounded
     tensors = ours.state_dict_for_save_checkpoint()
-    state = dict(to_hugging_face(config.model, lambda name: tensors[name]))
+    state = dict(to_theirs(entries(config.model), lambda name: tensors[name]))
     vocabulary = config.model.vocab_size
     state = {
         # Our padding of the vocabulary is not theirs.
@@ -103,7 +104,7 @@ def test_logits_and_gradients_equal_transformers(activation: str, epsilon: float
     their_loss.backward()
     torch.testing.assert_close(loss, their_loss, rtol=1e-9, atol=0)
     gradients = {p.shard_spec.name: p.grad for p in ours.parameters()}
-    mapped = dict(to_hugging_face(config.model, lambda name: gradients[name]))
+    mapped = dict(to_theirs(entries(config.model), lambda name: gradients[name]))
     for name, parameter in theirs.named_parameters():
         gradient = mapped[name][: parameter.size(0)]
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-8, atol=1e-10, msg=name)
