@@ -214,6 +214,11 @@ def _load(file: io.RawIOBase, make: Callable[[TensorFound], LazyTensor]) -> _Loa
 
 
 def _load_zip(file: io.RawIOBase, make: Callable[[TensorFound], LazyTensor]) -> _Loaded:
+    if not zipfile.is_zipfile(file):
+        size = file.seek(0, io.SEEK_END)
+        raise EOFError(
+            f"truncated after {size} bytes; the list of its records, its end, is missing"
+        )
     with zipfile.ZipFile(file) as archive:
         records = {info.filename: info for info in archive.infolist()}
         folders = [name.partition("/")[0] for name in records if name.endswith("/data.pkl")]
@@ -246,7 +251,11 @@ def _load_legacy(file: BinaryIO, make: Callable[[TensorFound], LazyTensor]) -> _
     begin = file.tell()
     for key in keys:
         file.seek(begin)
-        (count,) = _COUNT.unpack(file.read(_COUNT.size))
+        head = file.read(_COUNT.size)
+        if len(head) == _COUNT.size:
+            (count,) = _COUNT.unpack(head)
+        else:  # the file is cut off; where this storage should be, tells what is lost
+            count = storages[key].total
         size = count * storages[key].dtype.itemsize
         places[key] = _Place(begin + _COUNT.size, size, None)
         begin += _COUNT.size + size
@@ -336,6 +345,8 @@ def _problems_named(name: str) -> Iterator[None]:
         yield
     except RefusedError as error:
         raise CheckpointError(f"{name} is refused: {error}") from error
+    except OSError as error:
+        raise CheckpointError(f"{name} cannot be read: {error}") from error
     except Exception as error:  # a damaged file can fail in any way that its parts can
         raise CheckpointError(f"{name} is damaged: {_first_line(error)}") from error
 

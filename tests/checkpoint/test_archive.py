@@ -460,6 +460,20 @@ def test_a_flipped_bit_of_a_storage_is_found(tmp_path: Path) -> None:
 
 
 @FORMATS
+def test_a_truncated_file_is_named_as_such(tmp_path: Path, zipped: bool) -> None:
+    tree = {name: torch.full((300,), i + 2.0) for i, name in enumerate("abc")}
+    path = save(tree, tmp_path / "cut.pt", zipped)
+    whole = path.read_bytes()
+    place = whole.index(tree["b"].numpy().tobytes())
+    for end in (place + 1000, place - 4, place, len(whole) - 1):
+        path.write_bytes(whole[:end])
+        lost = r"[abc] is damaged: the file ends after"
+        problem = "damaged: truncated after" if zipped else lost
+        with pytest.raises(CheckpointError, match=rf"cut.pt.* {problem} {end} bytes"):
+            LazyArchive(path)
+
+
+@FORMATS
 def test_lost_and_wrong_storages_are_named(tmp_path: Path, zipped: bool) -> None:
     path = save({"weight": torch.arange(100.0)}, tmp_path / "whole.pt", zipped)
     if not zipped:
