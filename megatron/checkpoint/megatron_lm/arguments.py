@@ -129,8 +129,18 @@ def model_config(
     if problems:
         raise CheckpointError(f"{stored.where}: {problem}" for problem in problems)
     values: dict[str, Any] = {"num_attention_heads": _heads(stored, heads)}
-    values |= _from_tensors(stored, values["num_attention_heads"])
-    values |= _from_arguments(stored)
+    found = _from_tensors(stored, values["num_attention_heads"])
+    values |= found | _from_arguments(stored)
+    for stack in ("num_layers", "decoder_num_layers"):
+        if values[stack] != found[stack]:
+            raise CheckpointError(
+                f"{stored.where}: args say {stack} {values[stack]}, found {found[stack]} layers"
+            )
+    if values["untie_embeddings_and_output_weights"] and stored.model_type != "gpt":
+        raise CheckpointError(
+            f"{stored.where}: args.untie_embeddings_and_output_weights of a {stored.model_type}, "
+            "what can be read is a gpt of this kind"
+        )
     values |= _activations(stored, bool(values["swiglu"]))
     values["vocab_size"] = _vocab_size(stored, vocab_size)
     return _checked(values, stored.where), list(_assumptions(stored, values, vocab_size))
@@ -185,8 +195,7 @@ def _from_tensors(stored: Stored, heads: int) -> dict[str, Any]:
         }
     except (KeyError, IndexError) as error:
         raise CheckpointError(f"{stored.where} holds no {error}, or not as a matrix") from error
-    has_table = POSITION_EMBEDDINGS in shapes
-    if has_table:
+    if POSITION_EMBEDDINGS in shapes:
         values["max_position_embeddings"] = shapes[POSITION_EMBEDDINGS][0]
     has_norm_bias = f"{_LAYER}.input_layernorm.bias" in shapes
     if stored.dtype not in _PRECISIONS:
@@ -198,7 +207,6 @@ def _from_tensors(stored: Stored, heads: int) -> dict[str, Any]:
         values
         | _PRECISIONS[stored.dtype]
         | {
-            "position_embedding_type": "learned_absolute" if has_table else "rope",
             "normalization": "LayerNorm" if has_norm_bias else "RMSNorm",
             "disable_bias_linear": f"{_LAYER}.self_attention.dense.bias" not in shapes,
             "untie_embeddings_and_output_weights": OUTPUT_LAYER in shapes,
@@ -217,7 +225,9 @@ def _from_arguments(stored: Stored) -> dict[str, Any]:
     if given.get("group_query_attention"):
         values["num_query_groups"] = given.get("num_query_groups")
     if kind == "t5":
-        values["decoder_num_layers"] = given.get("decoder_num_layers", values.get("num_layers"))
+        said = given.get("decoder_num_layers", given.get("num_layers"))
+        if said is not None:
+            values["decoder_num_layers"] = said
     if given.get("use_rotary_position_embeddings"):
         values["position_embedding_type"] = "rope"
     elif "position_embedding_type" in given:

@@ -100,8 +100,11 @@ def _holds_ranks(path: Path) -> bool:
     """Whether a file is a zip archive of rank files; what torch.save writes is a zip, too."""
     if not zipfile.is_zipfile(path):
         return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith(_RANK_FILES) for name in archive.namelist())
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith(_RANK_FILES) for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
 
 
 def _below_top_folder(root: zipfile.Path) -> zipfile.Path:

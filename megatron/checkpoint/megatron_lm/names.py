@@ -74,12 +74,12 @@ def model_specs(model: ModelConfig, padded_vocab: int) -> dict[str, ShardSpec]:
 
 
 def _spec(model: ModelConfig, padded_vocab: int, name: str, shape: Shape) -> ShardSpec:
-    gated = model.is_gated and ".dense_h_to_4h." in name
+    halves = (model.ffn_size,) * (2 if model.is_gated else 1)
     return ShardSpec(
         name,
         shape,
         dim=split_dim(name),
-        blocks=(model.ffn_size,) * 2 if gated else (),
+        blocks=halves if ".dense_h_to_4h." in name else (),
         padded=padded_vocab if name in _VOCABULARY else None,
     )
 
@@ -161,7 +161,7 @@ def without_padding(
     assert model.vocab_size is not None
     return {
         name: (model.vocab_size, *shape[1:])
-        if name in _VOCABULARY and shape[0] == padded_vocab
+        if name in _VOCABULARY and shape[:1] == (padded_vocab,)
         else shape
         for name, shape in shapes.items()
     }

@@ -126,6 +126,7 @@ def arguments_of(
         "group_query_attention": model.key_value_heads != model.num_attention_heads,
         "num_query_groups": model.key_value_heads,
         "vocab_size": model.vocab_size,
+        "orig_vocab_size": model.vocab_size,  # as transformers' converters call it
         "padded_vocab_size": padded_vocab,
         "tokenizer_type": tokenizer_type or _TOKENIZER_TYPES[model.model_type],
         "encoder_num_layers": model.num_layers,

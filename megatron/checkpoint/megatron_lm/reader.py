@@ -173,9 +173,10 @@ class _Rank:
         if not isinstance(tree, Mapping):
             raise CheckpointError(f"{name} is no checkpoint: it holds a {type(tree).__name__}")
         self.tree = tree
-        models = [key for key in tree if re.fullmatch(r"model\d*", str(key))]
-        expected = [f"model{number}" for number in range(len(models))]
-        if models not in (["model"], expected) or not models:
+        models = [key for key in map(str, tree) if re.fullmatch(r"model\d*", key)]
+        if models != ["model"]:
+            models.sort(key=lambda key: int(key[5:] or -1))
+        if not models or models not in (["model"], [f"model{n}" for n in range(len(models))]):
             found = ", ".join(str(key) for key in list(tree)[:5])
             raise CheckpointError(f"{name} holds no model or model0, model1, ...; found {found}")
         # Of each virtual stage the tensors by their current names.

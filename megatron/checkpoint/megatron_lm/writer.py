@@ -106,20 +106,24 @@ def write_megatron(
         tokenizer_type=tokenizer_type,
         binary_head="binary_head.weight" in source.shapes,
     )
+    head = {
+        "args": args,
+        "checkpoint_version": float(version),
+        "iteration": iteration or 0,
+        "tokens": 0,
+    }
     aside = directory / f".{final.name}.tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    for p in range(pipeline):
-        for t in range(tensor):
-            rank = aside / rank_directory(t, p, pipeline)
-            rank.mkdir(parents=True)
-            head = {
-                "args": args,
-                "checkpoint_version": float(version),
-                "iteration": iteration or 0,
-                "tokens": 0,
-            }
-            write_archive(rank / RANK_FILE, head | writing.models(t, p))
-    aside.rename(final)
+    shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed
+    try:
+        for p in range(pipeline):
+            for t in range(tensor):
+                rank = aside / rank_directory(t, p, pipeline)
+                rank.mkdir(parents=True)
+                write_archive(rank / RANK_FILE, head | writing.models(t, p))
+        aside.rename(final)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
     _make_latest(directory, iteration)
     return list(_notes(model, source, args.tokenizer_type if tokenizer_type is None else None))
 
