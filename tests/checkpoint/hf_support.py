@@ -110,7 +110,10 @@ def assert_map_is_complete(network: Any) -> None:
     state = state_of(network)
     model = open_hugging_face(network.config.to_dict(), DictSource(state)).model
     mapped = entries(model)
-    assert {their for entry in mapped for their in entry.theirs} == state.keys()
+    names = {their for entry in mapped for their in entry.theirs}
+    # Untied, version 5 of their package has the head's bias in two parameters, and uses one.
+    assert state.keys() - names <= {"cls.predictions.decoder.bias"}
+    assert names <= state.keys()
     ours = dict(to_ours(mapped, state.__getitem__))
     assert {name: tuple(tensor.shape) for name, tensor in ours.items()} == {
         name: spec.shape for name, spec in specs(build(model)).items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -16,6 +17,11 @@ from megatron.checkpoint.hf_models import (
 )
 from megatron.config import ModelConfig
 from megatron.errors import CheckpointError
+from tests.checkpoint.hf_support import assert_map_is_complete, theirs_randomised
+
+CLASSES = {
+    architecture.model_type: architecture.class_name for architecture in ARCHITECTURES.values()
+}
 
 
 def our_config(**changes: Any) -> ModelConfig:
@@ -27,6 +33,50 @@ def our_config(**changes: Any) -> ModelConfig:
         "vocab_size": 61,
     }
     return ModelConfig(**(sizes | changes))
+
+
+def random_sizes(model_type: str, rng: random.Random) -> dict[str, Any]:
+    """The fields of a small config.json of their architecture."""
+    heads, head_size = rng.randint(1, 4), 2 * rng.randint(1, 4)
+    layers, width, vocabulary = rng.randint(1, 3), rng.randint(1, 40), rng.randint(3, 70)
+    tied = rng.random() < 0.5
+    common = {"vocab_size": vocabulary, "tie_word_embeddings": tied}
+    if model_type == "gpt2":
+        sizes = {"n_embd": heads * head_size, "n_layer": layers, "n_head": heads, "n_inner": width}
+        return common | sizes | {"n_positions": rng.randint(1, 20)}
+    if model_type == "t5":
+        sizes = {"d_model": 8 * rng.randint(1, 3), "d_kv": head_size, "num_heads": heads}
+        sizes |= {"num_layers": layers, "num_decoder_layers": rng.randint(1, 3), "d_ff": width}
+        kind = rng.choice(["relu", "gated-gelu", "gated-silu", "gelu"])
+        return common | sizes | {"feed_forward_proj": kind}
+    groups = rng.choice([n for n in range(1, heads + 1) if heads % n == 0])
+    own = (
+        {"num_key_value_heads": groups}
+        if model_type == "llama"
+        else {"type_vocab_size": rng.randint(1, 4)}
+    )
+    return (
+        common
+        | own
+        | {
+            "hidden_size": heads * head_size,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "intermediate_size": width,
+            "max_position_embeddings": rng.randint(1, 20),
+        }
+    )
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_maps_are_complete_whatever_the_sizes(model_type: str, seed: int) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.AutoConfig.for_model(
+        model_type, **random_sizes(model_type, random.Random(seed))
+    )
+    config.pad_token_id = 0  # it may lie behind a small vocabulary
+    assert_map_is_complete(theirs_randomised(getattr(transformers, CLASSES[model_type])(config)))
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)
