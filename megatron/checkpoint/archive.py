@@ -34,13 +34,8 @@ from typing import Any, BinaryIO, Self
 
 import torch
 
-from megatron.checkpoint.archive_pickle import (
-    RefusedError,
-    StorageView,
-    TensorFound,
-    Unknown,
-    read_pickle,
-)
+from megatron.checkpoint.archive_pickle import TensorFound, Unknown, read_pickle
+from megatron.checkpoint.pickle_record import RefusedError, StorageView
 from megatron.errors import CheckpointError
 
 __all__ = ["LazyArchive", "LazyTensor", "Unknown"]
@@ -328,14 +323,23 @@ def _opened_member(path: Path, member: str) -> io.RawIOBase:
             record = archive.getinfo(member)
             if record.compress_type == zipfile.ZIP_STORED:
                 return _Window(file, _place(file, record))
-            unpacked = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
-            with archive.open(record) as packed:
-                shutil.copyfileobj(packed, unpacked, _COPIED_AT_ONCE)
+            unpacked = _unpacked(archive, record)
     except BaseException:
         file.close()
         raise
     file.close()
     return unpacked
+
+
+def _unpacked(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> io.RawIOBase:
+    file = tempfile.TemporaryFile()  # noqa: SIM115
+    try:
+        with archive.open(record) as packed:
+            shutil.copyfileobj(packed, file, _COPIED_AT_ONCE)
+    except BaseException:
+        file.close()
+        raise
+    return file.detach()
 
 
 @contextmanager
