@@ -83,7 +83,7 @@ def find(naming: Naming, source: TensorSource) -> Found:
             elif (found := tuple(source.shapes[stored[name]])) != tuple(shape):
                 mismatched[name] = found, tuple(shape)
     known = {*needed, *naming.aliases}
-    unexpected = [name for name in in_files if name not in known]
+    unexpected = sorted(name for name in in_files if name not in known)
     return Found(stored, missing, unexpected, mismatched)
 
 

@@ -78,6 +78,7 @@ class NamedTensors(InitialisedModule):
         return [name for name in without(names, BUFFERS) if name not in self.unused_table()]
 
     def naming(self) -> Naming:
+        """What is needed to find the model's tensors in files."""
         return Naming(
             self.entries(),
             {name: held.shape for name, held in self._held.items()},

@@ -35,7 +35,7 @@ from megatron.hf.hub import locate_weights
 from megatron.hf.initial_values import WORD_EMBEDDINGS, built_on, spec_of, without_memory
 from megatron.hf.loading import Found, Naming, find, read_into, size_error, without
 from megatron.hf.named_tensors import NamedTensors
-from megatron.hf.parallel import parallel_state
+from megatron.hf.parallel import parallel_state as join_ranks
 from megatron.hf.saving import number_of_bytes, write_model
 from megatron.hf.tf_weights import TensorFlowCheckpoint, load_tf_weights
 from megatron.mpu import ParallelState
@@ -123,7 +123,9 @@ class PreTrainedModel(NamedTensors):
                 **hub,
                 **overrides,
             )
-        ranks = parallel_state or _ranks(tensor_model_parallel_size, pipeline_model_parallel_size)
+        ranks = parallel_state or join_ranks(
+            tensor_model_parallel_size, pipeline_model_parallel_size
+        )
         with built_on(without_memory(ranks)):
             model = cls(known, *model_args, **overrides)
         with _opened(cls.__name__, pretrained_model_name_or_path, from_tf, hub) as source:
@@ -281,7 +283,7 @@ class PreTrainedModel(NamedTensors):
         """The module whose `weight` [v / t, h] scores tokens; None where there is none."""
         if "lm" not in self.heads or not self.stage.is_last:
             return None
-        return self._module_of(WORD_EMBEDDINGS) or self._module_of(_OUTPUT_LAYER)
+        return self._module_of(_OUTPUT_LAYER) or self._module_of(WORD_EMBEDDINGS)
 
     def _module_of(self, key: str) -> nn.Module | None:
         for module in self.modules():
@@ -360,9 +362,6 @@ class PreTrainedModel(NamedTensors):
             if isinstance(module, PreTrainedModel):
                 module._held = held_by_stages(module.parts().values(), module.state)
         self.config.vocab_size = size
-
-
-_ranks = parallel_state  # where an argument has its name
 
 
 @contextmanager
