@@ -2,51 +2,74 @@
 
     python tools/convert_checkpoint.py --from native --to hf --load runs/bert --save exported
 
-1. The latest checkpoint is opened; its own configuration says what model it holds.
+1. The source's own configuration says what model it holds; no tensor is read yet.
 2. The model is written aside in the other format, one tensor in memory at a time.
-3. Both models compute the logits of one fixed input: ours from the checkpoint, the other by stock
-   `transformers` from the files just written. The largest difference, the input and the versions
-   go to parity.json beside the weights. More than 1e-3 is a failure.
+3. What was written is read back and compared: the values bit by bit, and the outputs of both models
+   for one fixed input. The largest difference, its reasons, the input and the versions go to
+   parity.json beside the result. More than 1e-3 is a failure, unless --accept-difference.
 4. The directory is moved to its place.
+
+docs/conversion.md says what converts to what.
 """
 
 import argparse
-import dataclasses
 import importlib.util
 import json
-import math
-import platform
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 
-import megatron
-from megatron.checkpoint.hf_export import export_bert
-from megatron.checkpoint.hf_megatron_bert import architecture
-from megatron.checkpoint.reader import Checkpoint
-from megatron.checkpoint.sharded import GlobalTensor
+from megatron.conversion import hugging_face, megatron_lm
+from megatron.conversion.certificate import Side, compare
+from megatron.conversion.native import read_native, write_native
+from megatron.conversion.stored_model import Counted, StoredModel, TokenizerFiles
 from megatron.data.progress import Progress
-from megatron.errors import CheckpointError, ConfigError, run_command
-from megatron.model import build_bert
-from megatron.mpu import ParallelState, Stage
+from megatron.errors import ConfigError, run_command
+from megatron.tokenizer.build import TOKENIZER_TYPES
 
-LARGEST_DIFFERENCE = 1e-3
 CERTIFICATE = "parity.json"
-SEQUENCE_LENGTH = 32
-SEED = 1234
+FORMATS = ["native", "megatron", "hf"]
+# Flags that say something about one side only: the side, and the formats that know what to do.
+MEANT_FOR = {
+    "target_tensor_parallel_size": ("target", ["megatron"]),
+    "target_pipeline_parallel_size": ("target", ["megatron"]),
+    "target_virtual_pipeline_size": ("target", ["megatron"]),
+    "target_split_rank": ("target", ["megatron"]),
+    "target_version": ("target", ["megatron"]),
+    "release": ("target", ["megatron"]),
+    "iteration": ("target", ["megatron", "native"]),
+    "max_shard_gb": ("target", ["hf"]),
+    "vocab_size": ("source", ["megatron"]),
+    "heads": ("source", ["megatron"]),
+}
+TOKENIZER_FLAGS = ("vocab_file", "merge_file", "tokenizer_model")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--from", dest="source", choices=["native"], required=True)
-    parser.add_argument("--to", dest="target", choices=["hf"], required=True)
+    """The flags.
+
+    Raises:
+        ConfigError: one is wrong, or has no meaning for this direction.
+    """
+    parser = _Parser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--from", dest="source", choices=FORMATS, required=True)
+    parser.add_argument("--to", dest="target", choices=FORMATS, required=True)
     parser.add_argument(
-        "--load", type=Path, required=True, help="directory of the checkpoints; the latest is read"
+        "--load",
+        type=Path,
+        required=True,
+        help="what to convert: a directory, of which the latest checkpoint is read, or a file",
     )
     parser.add_argument(
         "--save",
@@ -55,161 +78,222 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help="directory to make; an earlier conversion there is replaced",
     )
     parser.add_argument(
-        "--max-shard-gb", type=float, default=5.0, help="largest weight file, in 10^9 bytes"
+        "--dtype",
+        choices=["as-stored", "float32", "float16", "bfloat16"],
+        default="as-stored",
+        help="number format to convert the values to",
     )
+    parser.add_argument(
+        "--accept-difference",
+        action="store_true",
+        help="write the result even where its outputs differ by more than 1e-3",
+    )
+    _add_megatron_target(parser.add_argument_group("--to megatron"))
+    group = parser.add_argument_group("--to hf")
+    group.add_argument(
+        "--max-shard-gb", type=float, help="largest weight file, in 10^9 bytes; 5 if not given"
+    )
+    group = parser.add_argument_group("--from megatron")
+    group.add_argument(
+        "--vocab-size", type=_positive, help="tokens before padding, where it cannot be told"
+    )
+    group.add_argument(
+        "--heads",
+        "--num-attention-heads",
+        type=_positive,
+        help="attention heads, where the checkpoint does not say",
+    )
+    group = parser.add_argument_group("tokenizer to put beside the model")
+    group.add_argument("--tokenizer-type", choices=TOKENIZER_TYPES)
+    for name in TOKENIZER_FLAGS:
+        group.add_argument(_flag(name), type=Path, metavar="FILE")
     arguments = parser.parse_args(argv)
-    if arguments.max_shard_gb <= 0:
-        parser.error(f"--max-shard-gb: found {arguments.max_shard_gb}, expected more than 0")
+    _check_direction(arguments)
     return arguments
+
+
+def _add_megatron_target(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--target-tensor-parallel-size", type=_positive, help="1 if not given")
+    group.add_argument("--target-pipeline-parallel-size", type=_positive, help="1 if not given")
+    group.add_argument(
+        "--target-virtual-pipeline-size",
+        type=_positive,
+        help="chunks of layers on each pipeline stage; 1 if not given",
+    )
+    group.add_argument(
+        "--target-split-rank", type=_positive, help="stage at which T5's decoder begins"
+    )
+    group.add_argument(
+        "--target-version",
+        type=int,
+        choices=[0, 1, 2, 3],
+        help="checkpoint version; 3 if not given",
+    )
+    where = group.add_mutually_exclusive_group()
+    where.add_argument("--release", action="store_true", default=None, help="name it `release`")
+    where.add_argument(
+        "--iteration", type=_count, help="name it after this iteration (also --to native)"
+    )
+
+
+def _check_direction(arguments: argparse.Namespace) -> None:
+    problems = []
+    for name, (side, formats) in MEANT_FOR.items():
+        chosen = getattr(arguments, side)
+        if getattr(arguments, name) is not None and chosen not in formats:
+            option = "--to" if side == "target" else "--from"
+            problems.append(f"{_flag(name)} has no meaning with {option} {chosen}")
+    if arguments.max_shard_gb is not None and arguments.max_shard_gb <= 0:
+        problems.append(f"--max-shard-gb: found {arguments.max_shard_gb}, expected more than 0")
+    given = [name for name in TOKENIZER_FLAGS if getattr(arguments, name) is not None]
+    if given and arguments.tokenizer_type is None:
+        problems.append(f"{_flag(given[0])} needs --tokenizer-type")
+    if arguments.tokenizer_type is not None and not given:
+        problems.append("--tokenizer-type needs --vocab-file or --tokenizer-model")
+    problems += [
+        f"{_flag(name)} {file}: there is no such file"
+        for name in given
+        if not (file := getattr(arguments, name)).is_file()
+    ]
+    uses_hf = "hf" in (arguments.source, arguments.target)
+    if uses_hf and importlib.util.find_spec("transformers") is None:
+        option = "--to" if arguments.target == "hf" else "--from"
+        problems.append(f"{option} hf needs the package transformers: pip install transformers")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _positive(text: str) -> int:
+    number = _count(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"found {text}, expected at least 1")
+    return number
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number")
+    return int(text)
 
 
 def main() -> None:
     arguments = parse_arguments()
-    if importlib.util.find_spec("transformers") is None:
-        raise ConfigError("--to hf needs the package transformers: pip install transformers")
     save: Path = arguments.save
     check_free(save)
-    checkpoint = Checkpoint.open(arguments.load)
+    stored = read(arguments)
     aside = save.parent / f".{save.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        write(checkpoint, aside, int(arguments.max_shard_gb * 1e9))
-        difference = certify(checkpoint, aside)
+        written = write(stored, aside, arguments)
+        certificate = certify(stored, written, arguments)
         move_into_place(aside, save)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    print(f"{checkpoint.path} -> {save}: largest difference between logits {difference:.2e}")
+    for line in (*certificate["notes"], *certificate["differences"]):
+        print(f"note: {line}")
+    print(
+        f"{stored.path} -> {save}: largest difference between {certificate['compared']} "
+        f"{certificate['max_abs_logit_diff']:.2e}"
+    )
 
 
 def check_free(save: Path) -> None:
     """Raise ConfigError where `save` holds anything but an earlier conversion."""
-    if save.exists() and not (save / CERTIFICATE).is_file():
+    if not save.exists():
+        return
+    certificate = save / CERTIFICATE
+    if not certificate.is_file():
         raise ConfigError(f"--save {save} exists and is no earlier conversion; name another")
-
-
-def write(checkpoint: Checkpoint, directory: Path, max_bytes: int) -> None:
-    """Write the checkpoint in Hugging Face's format, telling of progress on stderr."""
-    weights = sum(
-        math.prod(shape) * checkpoint.stored.dtypes[key].itemsize
-        for key, shape in checkpoint.weights.items()
-    )
-    progress = Progress("wrote", "MB", total=weights // 10**6)
-    export_bert(
-        checkpoint,
-        directory,
-        max_bytes=max_bytes,
-        on_bytes=lambda count: progress.advance(count // 10**6),
-    )
-    progress.close()
-    if checkpoint.config.model.bert_no_binary_head:
-        print("the checkpoint has no binary head: exported as MegatronBertForMaskedLM")
-    if not (directory / "tokenizer.json").exists():
-        print("no vocabulary came with the checkpoint: exported without a tokenizer")
-
-
-def certify(checkpoint: Checkpoint, directory: Path) -> float:
-    """Compare the logits of both models, write the certificate, and return the difference.
-
-    Raises:
-        CheckpointError: `transformers` finds names missing or unexpected, or logits differ.
-    """
-    inputs = fixed_input(checkpoint)
-    ours, theirs = native_logits(checkpoint, inputs), exported_logits(directory, checkpoint, inputs)
-    differences = {name: (ours[name] - theirs[name]).abs().max().item() for name in ours}
-    worst = max(differences.values())
-    certificate = {
-        "max_abs_logit_diff": worst,
-        "max_abs_logit_diff_of": differences,
-        "max_abs_logit": max(logits.abs().max().item() for logits in ours.values()),
-        "dtype": "float32",
-        "input": {name: tensor.tolist() for name, tensor in inputs.items()},
-        "checkpoint": str(checkpoint.path),
-        "iteration": checkpoint.iteration,
-        "architecture": architecture(checkpoint.config.model),
-        "versions": versions(),
-    }
-    (directory / CERTIFICATE).write_text(json.dumps(certificate) + "\n", encoding="utf-8")
-    # Written so that NaN fails too.
-    if not worst <= LARGEST_DIFFERENCE:
-        raise CheckpointError(
-            f"the logits of {checkpoint.path} and of the exported model differ by {worst:.2e}, "
-            f"more than {LARGEST_DIFFERENCE}: nothing was written"
+    try:
+        written = json.loads(certificate.read_text(encoding="utf-8"))["files"]
+    except (ValueError, KeyError, TypeError):
+        return
+    others = sorted({path.name for path in save.iterdir()} - {*written, CERTIFICATE})
+    if others:
+        raise ConfigError(
+            f"--save {save} holds {others[0]}, which no conversion wrote there; name another"
         )
-    return worst
 
 
-def fixed_input(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
-    """Two samples of two sentences, the second sample with padding at its end; i64[b, s] each."""
-    model = checkpoint.config.model
-    length = min(SEQUENCE_LENGTH, model.max_position_embeddings)
-    generator = torch.Generator().manual_seed(SEED)
-    assert model.vocab_size is not None
-    ids = torch.randint(model.vocab_size, (2, length), generator=generator)
-    positions = torch.arange(length).expand(2, length)
-    real = positions < torch.tensor([[length], [length - length // 3]])
-    return {
-        "input_ids": ids,
-        "attention_mask": real.long(),
-        "token_type_ids": (positions >= length // 2).long(),
-    }
+def read(arguments: argparse.Namespace) -> StoredModel:
+    """The model to convert, with what the flags say of it."""
+    load: Path = arguments.load
+    if arguments.source == "native":
+        stored = read_native(load)
+    elif arguments.source == "megatron":
+        stored = megatron_lm.read_megatron(
+            load, heads=arguments.heads, vocab_size=arguments.vocab_size
+        )
+    else:
+        stored = hugging_face.read_hugging_face(load)
+    if arguments.tokenizer_type is not None:
+        files = {name: getattr(arguments, name) for name in TOKENIZER_FLAGS}
+        stored = stored.with_tokenizer(TokenizerFiles(type=arguments.tokenizer_type, **files))
+    if arguments.dtype != "as-stored":
+        stored = stored.with_dtype(getattr(torch, arguments.dtype))
+    return stored
 
 
-@torch.no_grad()
-def native_logits(
-    checkpoint: Checkpoint, inputs: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The logits of our model, run in this process in float32."""
-    model_config = dataclasses.replace(checkpoint.config.model, fp16=False, bf16=False, fp64=False)
-    config = dataclasses.replace(checkpoint.config, model=model_config)
-    stage = Stage(0, 1, 0, model_config.num_layers)
-    model = build_bert(config, ParallelState.single(), stage).eval()
-    specs = {p.shard_spec: p for p in model.parameters()}  # type: ignore[attr-defined]
-    checkpoint.stored.load(
-        {spec.key: GlobalTensor.of(p, spec, rank=0, size=1) for spec, p in specs.items()}
+def write(stored: StoredModel, directory: Path, arguments: argparse.Namespace) -> StoredModel:
+    """Write the model in the target's format, with progress on stderr, and open the result."""
+    progress = Progress("wrote", "MB", total=stored.num_bytes // 10**6)
+
+    def on_bytes(count: int) -> None:
+        progress.advance(count // 10**6)
+
+    written = _write(stored, directory, arguments, on_bytes)
+    progress.close()
+    return written
+
+
+def _write(
+    stored: StoredModel,
+    directory: Path,
+    arguments: argparse.Namespace,
+    on_bytes: Callable[[int], None],
+) -> StoredModel:
+    if arguments.target == "hf":
+        max_bytes = int((arguments.max_shard_gb or 5.0) * 1e9)
+        return hugging_face.write_hugging_face_model(
+            directory, stored, max_bytes=max_bytes, on_bytes=on_bytes
+        )
+    iteration = stored.iteration if arguments.iteration is None else arguments.iteration
+    if arguments.target == "native":
+        write_native(directory, stored, Counted(stored.source, on_bytes), iteration=iteration or 0)
+        return read_native(directory)
+    split = megatron_lm.Split(
+        tensor=arguments.target_tensor_parallel_size or 1,
+        pipeline=arguments.target_pipeline_parallel_size or 1,
+        virtual=arguments.target_virtual_pipeline_size or 1,
+        decoder_from=arguments.target_split_rank,
     )
-    masked_lm, next_sentence = model(
-        inputs["input_ids"], inputs["attention_mask"].bool(), inputs["token_type_ids"]
+    version = 3 if arguments.target_version is None else arguments.target_version
+    return megatron_lm.write_megatron_model(
+        directory,
+        stored,
+        split,
+        version=version,
+        iteration=None if arguments.release else iteration,
+        on_bytes=on_bytes,
     )
-    logits = {"masked_lm": masked_lm[..., : model_config.vocab_size]}
-    if next_sentence is not None:
-        logits["next_sentence"] = next_sentence
-    return logits
 
 
-@torch.no_grad()
-def exported_logits(
-    directory: Path, checkpoint: Checkpoint, inputs: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """The logits of the exported model, run by stock `transformers` in float32."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    model_class = getattr(transformers, architecture(checkpoint.config.model))
-    model, report = model_class.from_pretrained(directory, output_loading_info=True)
-    unknown = {kind: sorted(report[kind]) for kind in ("missing_keys", "unexpected_keys")}
-    if any(unknown.values()):
-        raise CheckpointError(f"transformers {transformers.__version__} finds {unknown}")
-    outputs: Any = model.float().eval()(**inputs)
-    if checkpoint.config.model.bert_no_binary_head:
-        return {"masked_lm": outputs.logits}
-    return {
-        "masked_lm": outputs.prediction_logits,
-        "next_sentence": outputs.seq_relationship_logits,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that took part in the comparison."""
-    import transformers
-
-    return {
-        "megatron": megatron.__version__,
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "transformers": transformers.__version__,
-    }
+def certify(
+    stored: StoredModel, written: StoredModel, arguments: argparse.Namespace
+) -> dict[str, Any]:
+    """Compare both sides and put the certificate beside the result; returns it."""
+    directory: Path = arguments.save.parent / f".{arguments.save.name}.tmp"
+    source = Side(stored, str(stored.path), stock=hugging_face.runs_stock(stored))
+    target = Side(written, str(arguments.save), stock=hugging_face.runs_stock(written))
+    certificate = compare(source, target, accept_difference=arguments.accept_difference)
+    certificate["files"] = sorted(path.name for path in directory.iterdir())
+    (directory / CERTIFICATE).write_text(json.dumps(certificate) + "\n", encoding="utf-8")
+    return certificate
 
 
 def move_into_place(aside: Path, save: Path) -> None:

@@ -15,13 +15,20 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint import save_checkpoint
+from megatron.checkpoint import hf_export, save_checkpoint
+from megatron.checkpoint.hf_files import HuggingFaceFiles
+from megatron.checkpoint.name_map import Heads
+from megatron.checkpoint.stored import StoredTensors
+from megatron.checkpoint.tensor_source import TensorSource
 from megatron.config import Config
+from megatron.conversion.native import read_native, write_native
+from megatron.conversion.stored_model import StoredModel
 from megatron.errors import CheckpointError, ConfigError, UserError
 from megatron.model import build_bert
 from megatron.mpu import ParallelState, Stage
 from megatron.tokenizer import build_tokenizer
 from tests.checkpoint.support import make_config
+from tests.conversion.support import BERT, GPT2, LLAMA, POST_BERT, T5, T5_OF_HF, stored
 
 transformers = pytest.importorskip("transformers")
 
@@ -63,10 +70,29 @@ def save(path: Path, config: Config, vocabulary: Path | None = None) -> torch.nn
     return model
 
 
-def convert(monkeypatch: pytest.MonkeyPatch, load: Path, save: Path, *more: str) -> None:
-    words = ["--from", "native", "--to", "hf", "--load", str(load), "--save", str(save), *more]
-    monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *words])
-    tool.main()
+class Convert:
+    """The tool in this process: `convert("native", "hf", load, save, "--dtype", "float16")`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._monkeypatch = monkeypatch
+
+    def __call__(self, source: str, target: str, load: Path, save: Path, *more: object) -> Path:
+        """Returns `save`."""
+        words = ["--from", source, "--to", target, "--load", load, "--save", save, *more]
+        self._monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, words)])
+        tool.main()
+        return save
+
+
+@pytest.fixture
+def convert(monkeypatch: pytest.MonkeyPatch) -> Convert:
+    return Convert(monkeypatch)
+
+
+def certificate_of(directory: Path) -> dict[str, Any]:
+    certificate = json.loads((directory / "parity.json").read_text())
+    assert isinstance(certificate, dict)
+    return certificate
 
 
 def random_model(seed: int) -> dict[str, Any]:
@@ -86,15 +112,12 @@ def random_model(seed: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_stock_transformers_computes_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
+def test_stock_transformers_computes_the_same(tmp_path: Path, convert: Convert, seed: int) -> None:
     config = make_config(**random_model(seed))
     model = save(tmp_path / "native", config).float()
     # Several files in half of the cases.
-    convert(
-        monkeypatch, tmp_path / "native", tmp_path / "hf", "--max-shard-gb", f"{1e-6 + seed % 2}"
-    )
+    shard = 1e-6 + seed % 2
+    convert("native", "hf", tmp_path / "native", tmp_path / "hf", "--max-shard-gb", shard)
     auto = (
         transformers.AutoModelForMaskedLM
         if config.model.bert_no_binary_head
@@ -130,9 +153,7 @@ def test_stock_transformers_computes_the_same(
 
 
 @pytest.mark.parametrize("kind", ["BertWordPieceLowerCase", "BertWordPieceCase"])
-def test_the_tokenizer_goes_along(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
-) -> None:
+def test_the_tokenizer_goes_along(tmp_path: Path, convert: Convert, kind: str) -> None:
     vocabulary = tmp_path / "my-words.txt"
     vocabulary.write_text("\n".join(WORDS) + "\n")
     config = make_config(vocab_size=len(WORDS))
@@ -140,7 +161,7 @@ def test_the_tokenizer_goes_along(
     config = dataclasses.replace(config, data=data)
     save(tmp_path / "native", config, vocabulary)
     vocabulary.rename(tmp_path / "elsewhere.txt")  # the checkpoint has its own
-    convert(monkeypatch, tmp_path / "native", tmp_path / "hf")
+    convert("native", "hf", tmp_path / "native", tmp_path / "hf")
 
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     data = dataclasses.replace(data, vocab_file=str(tmp_path / "elsewhere.txt"))
@@ -156,41 +177,317 @@ def test_the_tokenizer_goes_along(
 
 
 def test_a_difference_is_a_failure_that_writes_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path / "native", make_config(layernorm_epsilon=0.1))
-    true_config = tool.export_bert.__globals__["hugging_face_config"]
-    monkeypatch.setitem(
-        tool.export_bert.__globals__,
+    true_config = hf_export.hugging_face_config
+    monkeypatch.setattr(
+        hf_export,
         "hugging_face_config",
         lambda *a, **k: true_config(*a, **k) | {"layer_norm_eps": 1e-12},
     )
     with pytest.raises(CheckpointError, match=r"differ by .*, more than 0.001: nothing was writt"):
-        convert(monkeypatch, tmp_path / "native", tmp_path / "hf")
+        convert("native", "hf", tmp_path / "native", tmp_path / "hf")
     assert [path.name for path in tmp_path.iterdir()] == ["native"]
 
 
-def test_only_an_earlier_conversion_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_map_that_is_wrong_in_both_directions_is_found(
+    tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    save(tmp_path / "native", make_config())
+    split, join = Heads.split, Heads.join
+    monkeypatch.setattr(Heads, "split", lambda self, ours: split(self, ours)[::-1])
+    monkeypatch.setattr(Heads, "join", lambda self, theirs: join(self, theirs[::-1]))
+    with pytest.raises(CheckpointError, match="more than 0.001: nothing was written"):
+        convert("native", "hf", tmp_path / "native", tmp_path / "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["native"]
+
+
+@pytest.mark.parametrize("target", ["hf", "megatron", "native"])
+def test_a_weight_that_changes_on_its_way_is_found(
+    tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch, target: str
+) -> None:
+    save(tmp_path / "native", make_config())
+    read = StoredTensors.read
+    damaged = "language_model.embedding.position_embeddings.weight"
+
+    def tampered(self: StoredTensors, key: str) -> torch.Tensor:
+        tensor = read(self, key)
+        writing = not (tmp_path / "written").exists()
+        if key == damaged and writing and ".tmp" not in str(self.path):
+            tensor[-1, -1] += 1e-6
+            (tmp_path / "written").touch()
+        return tensor
+
+    monkeypatch.setattr(StoredTensors, "read", tampered)
+    with pytest.raises(CheckpointError, match=f"{damaged} changed on the way"):
+        convert("native", target, tmp_path / "native", tmp_path / "result", "--accept-difference")
+    assert not (tmp_path / "result").exists()
+
+
+def test_two_activations_do_not_fit_into_one_name(tmp_path: Path, convert: Convert) -> None:
+    # What Megatron-LM's class computes: its fused MLP has another GELU than its head.
+    model, _ = stored(**BERT | {"activation": "gelu_tanh", "head_activation": "gelu"})
+    model.source.multiply("language_model.embedding.word_embeddings.weight", 30.0)
+    write_native(tmp_path / "native", model, model.source, iteration=1)
+    megatron = convert("native", "megatron", tmp_path / "native", tmp_path / "megatron")
+    assert certificate_of(megatron)["differences"] == []
+    theirs = tmp_path / "hf"
+    with pytest.raises(CheckpointError, match="nothing was written; --accept-difference"):
+        convert("megatron", "hf", megatron, theirs)
+    assert not theirs.exists()
+    certificate = certificate_of(convert("megatron", "hf", megatron, theirs, "--accept-difference"))
+    assert certificate["accepted"]
+    assert certificate["max_abs_logit_diff"] > 1e-3
+    assert (
+        "head_activation is gelu in the source and gelu_tanh in the target"
+        in certificate["differences"]
+    )
+
+
+def test_only_an_earlier_conversion_is_replaced(tmp_path: Path, convert: Convert) -> None:
     save(tmp_path / "native", make_config())
     occupied = tmp_path / "hf"
     occupied.mkdir()
     (occupied / "precious").touch()
     with pytest.raises(ConfigError, match="is no earlier conversion"):
-        convert(monkeypatch, tmp_path / "native", occupied)
+        convert("native", "hf", tmp_path / "native", occupied)
     (occupied / "precious").rename(occupied / "parity.json")
-    convert(monkeypatch, tmp_path / "native", occupied)
-    assert json.loads((occupied / "parity.json").read_text())["iteration"] == 9
+    convert("native", "hf", tmp_path / "native", occupied)
+    assert certificate_of(occupied)["iteration"] == 9
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "native"]
+    (occupied / "precious").touch()
+    with pytest.raises(ConfigError, match="holds precious, which no conversion wrote there"):
+        convert("native", "hf", tmp_path / "native", occupied)
 
 
 def test_without_transformers_one_line_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match="needs the package transformers"):
-        convert(monkeypatch, tmp_path, tmp_path / "hf")
+        convert("native", "hf", tmp_path, tmp_path / "hf")
+
+
+# Round trips.
+
+
+def native_of(path: Path, **values: Any) -> StoredModel:
+    """A checkpoint of ours of a random model, opened."""
+    model, _ = stored(**values)
+    write_native(path, model, model.source, iteration=4)
+    return read_native(path)
+
+
+def assert_same_tensors(one: TensorSource, other: TensorSource) -> None:
+    assert one.shapes == other.shapes
+    assert one.dtypes == other.dtypes
+    for name in one.shapes:
+        ours, theirs = one.read(name), other.read(name)
+        assert torch.equal(ours.view(torch.uint8), theirs.view(torch.uint8)), name
+
+
+SPLIT = ["--target-tensor-parallel-size", 2, "--target-pipeline-parallel-size", 2]
+CHUNKS = [*SPLIT, "--target-virtual-pipeline-size", 2]
+LAYERS = {"num_layers": 4}
+
+
+@pytest.mark.parametrize(
+    ("values", "flags"),
+    [
+        (BERT | LAYERS, CHUNKS),
+        (BERT | LAYERS | {"bf16": True, "bert_no_binary_head": True}, SPLIT),
+        (GPT2 | LAYERS, CHUNKS),
+        (LLAMA | LAYERS, CHUNKS),
+        (T5 | LAYERS, [*SPLIT, "--target-split-rank", 1]),
+    ],
+    ids=["bert", "bf16", "gpt", "llama", "t5"],
+)
+def test_megatron_and_back(
+    tmp_path: Path, convert: Convert, values: dict[str, Any], flags: list[object]
+) -> None:
+    model = native_of(tmp_path / "native", **values)
+    megatron = convert("native", "megatron", tmp_path / "native", tmp_path / "megatron", *flags)
+    written = certificate_of(megatron)["target"]
+    assert written["split"]["tensor"] == written["split"]["pipeline"] == 2
+    assert written["split"]["virtual"] == (2 if flags is CHUNKS else 1)
+    back = read_native(convert("megatron", "native", megatron, tmp_path / "back"))
+    assert_same_tensors(back.source, model.source)
+    assert back.iteration == model.iteration
+    assert certificate_of(tmp_path / "back")["differences"] == []
+    assert certificate_of(tmp_path / "back")["max_abs_logit_diff"] == 0.0
+
+
+@pytest.mark.parametrize(
+    "values",
+    [BERT, POST_BERT, GPT2 | {"bf16": True}, LLAMA, T5_OF_HF],
+    ids=["megatron-bert", "bert", "gpt2", "llama", "t5"],
+)
+def test_hugging_face_and_back(tmp_path: Path, convert: Convert, values: dict[str, Any]) -> None:
+    model = native_of(tmp_path / "native", **values)
+    theirs = convert("native", "hf", tmp_path / "native", tmp_path / "hf")
+    assert certificate_of(theirs)["target"]["evaluated_by"] == "transformers"
+    assert certificate_of(theirs)["max_abs_logit_diff"] < 1e-5
+    back = read_native(convert("hf", "native", theirs, tmp_path / "back"))
+    assert_same_tensors(back.source, model.source)
+    assert certificate_of(tmp_path / "back")["differences"] == []
+
+
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 24,
+    "max_position_embeddings": 12,
+}
+
+
+def hugging_face_model(kind: str) -> Any:
+    """A model of theirs with random values everywhere."""
+    name = {"Llama": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel"}.get(
+        kind, f"{kind}ForPreTraining"
+    )
+    ids = {"bos_token_id": 1, "eos_token_id": 2}
+    config = getattr(transformers, f"{kind}Config")(**SIZES, **ids)
+    model = getattr(transformers, name)(config)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.4, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("version", range(4))
+@pytest.mark.parametrize("kind", ["MegatronBert", "GPT2", "Llama"])
+def test_every_version_of_megatron_returns_the_bits(
+    tmp_path: Path, convert: Convert, kind: str, version: int
+) -> None:
+    hugging_face_model(kind).save_pretrained(tmp_path / "theirs")
+    split = ["--target-tensor-parallel-size", 2, "--target-version", version, "--release"]
+    megatron = convert("hf", "megatron", tmp_path / "theirs", tmp_path / "megatron", *split)
+    assert (megatron / "release" / "mp_rank_01" / "model_optim_rng.pt").is_file()
+    assert certificate_of(megatron)["target"]["version"] == version
+    back = convert("megatron", "hf", megatron, tmp_path / "back")
+    ours, theirs = HuggingFaceFiles(back), HuggingFaceFiles(tmp_path / "theirs")
+    assert_same_tensors(ours, theirs)
+
+
+def test_the_same_format_in_other_pieces(tmp_path: Path, convert: Convert) -> None:
+    hugging_face_model("GPT2").save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "merges.txt").write_text("#version: 0.2\n")
+    (tmp_path / "theirs" / "vocab.json").write_text("{}")
+    model = convert("hf", "hf", tmp_path / "theirs", tmp_path / "hf", "--max-shard-gb", 1e-6)
+    assert len(list(model.glob("*.safetensors"))) > 1
+    assert (model / "merges.txt").read_text() == "#version: 0.2\n"
+    assert_same_tensors(HuggingFaceFiles(model), HuggingFaceFiles(tmp_path / "theirs"))
+
+    one = convert("hf", "megatron", model, tmp_path / "one", *SPLIT, "--iteration", 12)
+    two = convert("megatron", "megatron", one, tmp_path / "two", "--target-version", 1)
+    assert (two / "iter_0000012" / "mp_rank_00" / "model_optim_rng.pt").is_file()
+    again = convert("megatron", "hf", two, tmp_path / "again")
+    assert_same_tensors(HuggingFaceFiles(again), HuggingFaceFiles(model))
+
+
+def test_number_formats_on_the_way(tmp_path: Path, convert: Convert) -> None:
+    model = native_of(tmp_path / "native", **GPT2)
+    half = convert(
+        "native", "native", tmp_path / "native", tmp_path / "half", "--dtype", "bfloat16"
+    )
+    written = read_native(half)
+    assert written.model.bf16
+    for name in model.source.shapes:
+        assert torch.equal(written.source.read(name), model.source.read(name).bfloat16())
+    assert "values were converted from float32 to bfloat16" in certificate_of(half)["notes"]
+
+
+def test_relative_positions_are_not_left_to_those_who_drop_them(
+    tmp_path: Path, convert: Convert
+) -> None:
+    values = BERT | {"position_embedding_type": "relative_key_query"}
+    model = native_of(tmp_path / "native", **values)
+    theirs = convert("native", "hf", tmp_path / "native", tmp_path / "hf")
+    drops = int(transformers.__version__.split(".")[0]) >= 5
+    evaluated_by = certificate_of(theirs)["target"]["evaluated_by"]
+    assert evaluated_by == ("megatron" if drops else "transformers")
+    back = read_native(convert("hf", "native", theirs, tmp_path / "back"))
+    assert_same_tensors(back.source, model.source)
+
+
+def test_padding_that_nobody_knows_of_is_named(tmp_path: Path, convert: Convert) -> None:
+    native_of(tmp_path / "native", **GPT2)
+    words = tmp_path / "vocab.json"
+    words.write_text("{}")
+    merges = tmp_path / "merges.txt"
+    merges.touch()
+    tokenizer = ["--tokenizer-type", "GPT2BPETokenizer", "--vocab-file", words]
+    tokenizer += ["--merge-file", merges]
+    megatron = convert("native", "megatron", tmp_path / "native", tmp_path / "megatron", *tokenizer)
+    assert (megatron / "tokenizer" / "vocab.json").read_text() == "{}"
+    trimmed = convert("megatron", "native", megatron, tmp_path / "trimmed", "--vocab-size", 50)
+    assert read_native(trimmed).model.vocab_size == 50
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (
+            "--from native --to hf --target-version 1",
+            "--target-version has no meaning with --to hf",
+        ),
+        (
+            "--from native --to megatron --max-shard-gb 1",
+            "--max-shard-gb has no meaning with --to me",
+        ),
+        ("--from hf --to native --heads 2", "--heads has no meaning with --from hf"),
+        (
+            "--from native --to hf --max-shard-gb 0",
+            "--max-shard-gb: found 0.0, expected more than 0",
+        ),
+        ("--from native --to native --vocab-file x", "--vocab-file needs --tokenizer-type"),
+        ("--from native --to megatron --iteration x", "expected a whole number"),
+        ("--from native --to megatron --release --iteration 1", "not allowed with"),
+        ("--from elsewhere --to hf", "invalid choice: 'elsewhere'"),
+    ],
+)
+def test_flags_without_meaning_are_refused(words: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        tool.parse_arguments([*words.split(), "--load", "a", "--save", "b"])
+
+
+@pytest.mark.parametrize(
+    ("values", "target", "flags", "problem"),
+    [
+        (BERT, "megatron", SPLIT[2:], r"--num-layers 3 .*--target-pipeline-parallel-size 2"),
+        (LLAMA, "megatron", ["--target-version", 0], "--num-query-groups 2"),
+        (POST_BERT, "megatron", [], "--norm-position post"),
+        (T5, "hf", [], "--position-embedding-type learned_absolute"),
+    ],
+)
+def test_what_a_format_cannot_say_is_one_line(
+    tmp_path: Path,
+    convert: Convert,
+    values: dict[str, Any],
+    target: str,
+    flags: list[object],
+    problem: str,
+) -> None:
+    native_of(tmp_path / "native", **values)
+    with pytest.raises(CheckpointError, match=problem):
+        convert("native", target, tmp_path / "native", tmp_path / "result", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["native"]
+
+
+def test_a_pickle_that_would_run_is_refused_by_name(tmp_path: Path, convert: Convert) -> None:
+    hugging_face_model("GPT2").save_pretrained(tmp_path / "theirs")
+    (tmp_path / "theirs" / "model.safetensors").unlink()
+    torch.save({"weight": Path("x")}, tmp_path / "theirs" / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="pathlib"):
+        convert("hf", "native", tmp_path / "theirs", tmp_path / "native")
+    torch.save({"model": {"weight": Path("x")}}, tmp_path / "model_optim_rng.pt")
+    with pytest.raises(CheckpointError, match="pathlib"):
+        convert("megatron", "native", tmp_path / "model_optim_rng.pt", tmp_path / "native")
+    assert not (tmp_path / "native").exists()
 
 
 def test_the_command_line(tmp_path: Path) -> None:

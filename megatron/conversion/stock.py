@@ -1,0 +1,137 @@
+"""What stock `transformers` computes from a directory of Hugging Face's format, in float32.
+
+The weights stay in memory as they are stored. A half-precision model is computed in float32 all the
+same: around the forward pass of each layer the layer's weights are widened, and forgotten behind
+it. What is a layer here is a member of a list of modules, or a module with parameters of its own
+outside of one: a whole layer at a time, because some look at the format of their weights to decide
+in which to compute.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from megatron.checkpoint.tensor_source import TensorSource
+from megatron.conversion.network import (
+    HIDDEN,
+    MASKED_LM,
+    NEXT_SENTENCE,
+    NEXT_TOKEN,
+    POOLED,
+    Inputs,
+    Outputs,
+)
+from megatron.errors import CheckpointError
+
+# What their fields are, and what the field `logits` of a class with such an end of its name is.
+_FIELDS = {
+    "prediction_logits": MASKED_LM,
+    "seq_relationship_logits": NEXT_SENTENCE,
+    "start_logits": "start",
+    "end_logits": "end",
+    "last_hidden_state": HIDDEN,
+    "pooler_output": POOLED,
+}
+_LOGITS = {
+    "ForMaskedLM": MASKED_LM,
+    "ForNextSentencePrediction": NEXT_SENTENCE,
+    "LMHeadModel": NEXT_TOKEN,
+    "ForCausalLM": NEXT_TOKEN,
+    "ForConditionalGeneration": NEXT_TOKEN,
+}
+
+
+def architecture(directory: Path) -> str:
+    """The class that config.json names.
+
+    Raises:
+        CheckpointError: it names none, or is missing.
+    """
+    path = directory / "config.json"
+    try:
+        named = json.loads(path.read_text(encoding="utf-8")).get("architectures")
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not named:
+        raise CheckpointError(f"{path} names no architecture; `architectures` has to name one")
+    return str(named[0])
+
+
+@torch.no_grad()
+def run_stock(directory: Path, files: TensorSource, inputs: Inputs) -> Outputs:
+    """The outputs of the model in `directory`, as `run_network` gives them.
+
+    files: its tensors, of which nothing but the types is looked at.
+
+    Raises:
+        CheckpointError: `transformers` misses tensors or finds some that it does not know.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    name = architecture(directory)
+    if not hasattr(transformers, name):
+        raise CheckpointError(f"transformers {transformers.__version__} has no class {name}")
+    dtypes = [d for d in set(files.dtypes.values()) if d.is_floating_point]
+    model, report = getattr(transformers, name).from_pretrained(
+        directory, output_loading_info=True, torch_dtype=max(dtypes, key=lambda d: d.itemsize)
+    )
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    unknown = {kind: sorted(map(str, report[kind])) for kind in kinds if report[kind]}
+    if unknown:
+        raise CheckpointError(
+            f"{name} of transformers {transformers.__version__} finds in {directory} {unknown}"
+        )
+    return _run(model.eval(), inputs)
+
+
+def _run(model: Any, inputs: Inputs) -> Outputs:
+    for part in _layers(model):
+        _Widened(part)
+    hidden: list[Any] = []
+    # The hidden states that scores are made from, whatever head is on them.
+    base = model.decoder if model.config.is_encoder_decoder else model.base_model
+    base.register_forward_hook(lambda *call: hidden.append(call[2].last_hidden_state))
+    if type(model).__name__.endswith("ForMultipleChoice"):  # one choice for each sample
+        inputs = {name: ids.unsqueeze(1) for name, ids in inputs.items()}
+    outputs = model(**inputs)
+    named = {ours: outputs[theirs] for theirs, ours in _FIELDS.items() if theirs in outputs}
+    if "logits" in outputs:
+        kinds = (kind for end, kind in _LOGITS.items() if type(model).__name__.endswith(end))
+        named[next(kinds, "classes")] = outputs.logits
+    return {HIDDEN: hidden[0], **named}
+
+
+def _layers(module: nn.Module) -> Iterator[nn.Module]:
+    """The largest parts that are computed one after the other."""
+    for child in module.children():
+        if isinstance(module, nn.ModuleList) or any(True for _ in child.parameters(recurse=False)):
+            yield child
+        else:
+            yield from _layers(child)
+
+
+class _Widened:
+    """Hooks that hold a layer's parameters in float32 while it computes."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._stored: list[tuple[nn.Parameter, torch.Tensor]] = []
+        layer.register_forward_pre_hook(self._widen)
+        layer.register_forward_hook(self._restore)
+
+    def _widen(self, layer: nn.Module, _: Any) -> None:
+        for parameter in layer.parameters():
+            self._stored.append((parameter, parameter.data))
+            parameter.data = parameter.data.float()
+
+    def _restore(self, *_: Any) -> None:
+        for parameter, stored in self._stored:
+            parameter.data = stored
+        self._stored.clear()
