@@ -46,6 +46,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 _COUNT = struct.Struct("<q")
 _COPIED_AT_ONCE = 2**24
+_LONGEST_LINE = 500
 
 
 @dataclass(frozen=True)
@@ -183,10 +184,10 @@ class LazyArchive:
             strided = span.as_strided(tensor.shape, tensor.stride)
             return span.view(tensor.shape) if strided.is_contiguous() else strided.contiguous()
         except (OSError, EOFError, MemoryError, RuntimeError) as error:
-            raise self._damage(tensor, _first_line(error)) from error
+            raise self._damage(tensor, f"{error}") from error
 
     def _damage(self, tensor: LazyTensor, problem: str) -> CheckpointError:
-        return CheckpointError(f"{self._name}: {tensor.name} is damaged: {problem}")
+        return CheckpointError(f"{self._name}: {_line(tensor.name)} is damaged: {_line(problem)}")
 
 
 _Loaded = tuple[Any, dict[str, _Place]]
@@ -348,11 +349,12 @@ def _problems_named(name: str) -> Iterator[None]:
     try:
         yield
     except RefusedError as error:
-        raise CheckpointError(f"{name} is refused: {error}") from error
+        raise CheckpointError(f"{name} is refused: {_line(error)}") from error
     except OSError as error:
-        raise CheckpointError(f"{name} cannot be read: {error}") from error
+        raise CheckpointError(f"{name} cannot be read: {_line(error)}") from error
     except Exception as error:  # a damaged file can fail in any way that its parts can
-        raise CheckpointError(f"{name} is damaged: {_first_line(error)}") from error
+        problem = _line(error) or type(error).__name__
+        raise CheckpointError(f"{name} is damaged: {problem}") from error
 
 
 def _fill(buffer: memoryview, file: io.RawIOBase, begin: int) -> None:
@@ -370,5 +372,7 @@ def _some(names: Iterable[str]) -> str:
     return ", ".join(first[:5]) + (", ..." if len(first) > 5 else "") or "nothing"
 
 
-def _first_line(error: Exception) -> str:
-    return f"{error}".partition("\n")[0] or type(error).__name__
+def _line(text: object) -> str:
+    """The first line of a text, which may come from the file, fit for a terminal."""
+    first = f"{text}".partition("\n")[0][:_LONGEST_LINE]
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in first)

@@ -17,7 +17,7 @@ import torch
 
 from megatron.checkpoint.archive import LazyArchive, LazyTensor
 from megatron.checkpoint.archive_writer import DeferredTensor, write_archive
-from tests.checkpoint.test_archive import Trees, assert_equal, read_all
+from tests.checkpoint.archive_support import Trees, assert_equal, read_all
 
 
 def deferred(tree: Any, made: list[torch.Tensor]) -> Any:
