@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from types import ModuleType
 from typing import Any, NoReturn
 
-_INSTALLED_AS = {"tensorflow": "tensorflow", "huggingface_hub": "huggingface-hub"}
+_INSTALLED_AS = {"huggingface_hub": "huggingface-hub"}
 
 # The tokenizers of the families here.
 TOKENIZERS = ("AutoTokenizer", "BertTokenizer", "BertTokenizerFast")

@@ -12,10 +12,12 @@ Letters: h hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -138,6 +140,26 @@ class InitialisedModule(nn.Module):
             else:
                 parameter.data = parameter.data.to(device, dtype)
         object.__setattr__(self.state, "device", device)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
+        # What `to`, `cuda` and their like call: the random streams go where the parameters go.
+        super()._apply(fn, recurse)
+        device = next(self.parameters()).device
+        object.__setattr__(self.state, "device", device)
+        self.state.streams._device = device
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        for shared in (self.state, *vars(self.state).values()):
+            memo[id(shared)] = shared
+        clone = type(self).__new__(type(self))
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        # PyTorch copies of a parameter its values alone.
+        for own, copied in zip(self.parameters(), clone.parameters(), strict=True):
+            copied.shard_spec = spec_of(own)  # type: ignore[attr-defined]
+            copied._backward_hooks = copy.deepcopy(own._backward_hooks, memo)
+        return clone
 
     def parts(self) -> dict[str, Part]:
         """This rank's parameters by the names of their values; of a copy the owner's."""

@@ -44,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 _OUTPUT_LAYER = "language_model.output_layer.weight"
 _LM_BIAS = "lm_head.bias"
+_POOLER = "language_model.pooler."
 
 
 class PreTrainedModel(NamedTensors):
@@ -152,11 +153,12 @@ class PreTrainedModel(NamedTensors):
         if found.mismatched and not ignore_mismatched_sizes:
             raise size_error(type(self).__name__, found.mismatched)
         self._read(naming, source, found)
+        ignored = [*self._keys_to_ignore_on_load_unexpected]
+        if not any(entry.ours.startswith(_POOLER) for entry in naming.entries):
+            ignored.append(r"(^|\.)pooler\.")  # left out on purpose
         info: dict[str, list[Any]] = {
             "missing_keys": without(found.missing, self._keys_to_ignore_on_load_missing),
-            "unexpected_keys": without(
-                self.meaningful(found.unexpected), self._keys_to_ignore_on_load_unexpected
-            ),
+            "unexpected_keys": without(self.meaningful(found.unexpected), ignored),
             "mismatched_keys": [(name, *shapes) for name, shapes in found.mismatched.items()],
             "error_msgs": [],
         }

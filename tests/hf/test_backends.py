@@ -67,7 +67,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Any]:
     module.asked = []  # type: ignore[attr-defined]
 
     def snapshot_download(name: str, *, allow_patterns: list[str], **options: Any) -> str:
-        module.asked.append((name, tuple(allow_patterns), options))  # type: ignore[attr-defined]
+        module.asked.append((name, tuple(allow_patterns), options))
         if name != "someone/model":
             raise OSError("Repository Not Found\nmany more lines")
         if "pytorch_model.bin" in allow_patterns:
@@ -77,7 +77,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> Iterator[Any]:
     module.snapshot_download = snapshot_download  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "huggingface_hub", module)
     monkeypatch.setattr(backends, "is_available", lambda name: True)
-    return module  # type: ignore[return-value]
+    return module
 
 
 def test_only_the_needed_files_are_fetched(hub: Any, tmp_path: Any) -> None:

@@ -131,7 +131,7 @@ def test_a_file_is_what_is_read_back(tmp_path: Path) -> None:
     config.save_pretrained(tmp_path / "new" / "place")
     again = BertConfig.from_pretrained(tmp_path / "new" / "place")
     again.name_or_path = config.name_or_path
-    assert again == config and again.of_mine == {"a": [1]}  # type: ignore[attr-defined]
+    assert again == config and again.of_mine == {"a": [1]}
     assert BertConfig.from_json_file(tmp_path / "new" / "place" / "config.json") == config
     again.vocab_size = 8
     assert again != config
