@@ -183,14 +183,14 @@ def _count(text: str) -> int:
 def main() -> None:
     arguments = parse_arguments()
     save: Path = arguments.save
-    check_free(save)
+    check_free(save, arguments.load)
     stored = read(arguments)
     aside = save.parent / f".{save.name}.tmp"
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         written = write(stored, aside, arguments)
-        certificate = certify(stored, written, arguments)
+        certificate = certify(stored, written, aside, arguments)
         move_into_place(aside, save)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -202,10 +202,12 @@ def main() -> None:
     )
 
 
-def check_free(save: Path) -> None:
-    """Raise ConfigError where `save` holds anything but an earlier conversion."""
+def check_free(save: Path, load: Path) -> None:
+    """Raise ConfigError where `save` holds `load`, or anything but an earlier conversion."""
     if not save.exists():
         return
+    if load.resolve().is_relative_to(save.resolve()):
+        raise ConfigError(f"--save {save} holds what --load names; name another")
     certificate = save / CERTIFICATE
     if not certificate.is_file():
         raise ConfigError(f"--save {save} exists and is no earlier conversion; name another")
@@ -284,10 +286,9 @@ def _write(
 
 
 def certify(
-    stored: StoredModel, written: StoredModel, arguments: argparse.Namespace
+    stored: StoredModel, written: StoredModel, directory: Path, arguments: argparse.Namespace
 ) -> dict[str, Any]:
-    """Compare both sides and put the certificate beside the result; returns it."""
-    directory: Path = arguments.save.parent / f".{arguments.save.name}.tmp"
+    """Compare both sides and put the certificate into `directory`; returns it."""
     source = Side(stored, str(stored.path), stock=hugging_face.runs_stock(stored))
     target = Side(written, str(arguments.save), stock=hugging_face.runs_stock(written))
     certificate = compare(source, target, accept_difference=arguments.accept_difference)

@@ -117,7 +117,6 @@ def compare(source: Side, target: Side, *, accept_difference: bool) -> dict[str,
     accepted = not worst <= LARGEST_DIFFERENCE
     if accepted and not accept_difference:
         raise CheckpointError(_too_different(source, worst, differing))
-    named = [Side.describe(side) for side in (source, target)]
     return {
         "max_abs_logit_diff": worst,
         "max_abs_logit_diff_of": differences,
@@ -125,14 +124,14 @@ def compare(source: Side, target: Side, *, accept_difference: bool) -> dict[str,
         "compared": "hidden states" if HIDDEN in heads else "logits",
         "accepted": accepted,
         "differences": differing,
-        "notes": [*source.stored.notes, *target.stored.notes],
+        "notes": list(dict.fromkeys((*source.stored.notes, *target.stored.notes))),
         "dtype": "float32",
         "input": {name: tensor.tolist() for name, tensor in inputs.items()},
         "checkpoint": source.shown,
         "iteration": source.stored.iteration,
         "architecture": _architecture(source, target),
-        "source": named[0],
-        "target": named[1],
+        "source": source.describe(),
+        "target": target.describe(),
         "versions": versions(with_transformers=source.stock or target.stock),
     }
 
@@ -216,7 +215,7 @@ def _differing(
             yield f"{_first_of(only)} {says}"
     alone = sorted((set(ours) ^ set(theirs)) - {HIDDEN, POOLED})
     if alone:
-        yield f"{', '.join(alone)} is computed on one side only"
+        yield f"computed on one side only: {', '.join(alone)}"
 
 
 def _first_of(names: list[str]) -> str:

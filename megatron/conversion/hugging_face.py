@@ -91,7 +91,7 @@ def write_hugging_face_model(
     if tokenizer is None and not stored.tokenizer.others:
         notes.append("no tokenizer came with the model: written without one")
     written = read_hugging_face(directory)
-    return dataclasses.replace(written, notes=tuple(dict.fromkeys((*notes, *written.notes))))
+    return dataclasses.replace(written, notes=(*notes, *written.notes))
 
 
 def runs_stock(stored: StoredModel) -> bool:

@@ -231,15 +231,10 @@ def _config(stored: StoredModel) -> Config:
     model = stored.model
     if stored.config is not None:
         return dataclasses.replace(stored.config, model=model)
-    files: dict[str, Any] = {name: file.name for name, file in stored.tokenizer.named.items()}
     return Config(
         model=model,
         parallel=ParallelConfig(),
         optimizer=OptimizerConfig(lr=_USUAL_LEARNING_RATE),
-        data=DataConfig(
-            seq_length=model.max_position_embeddings,
-            tokenizer_type=stored.tokenizer.type,
-            **files,
-        ),
+        data=DataConfig(seq_length=model.max_position_embeddings, **stored.tokenizer.flags),
         train=TrainConfig(micro_batch_size=1),
     )

@@ -70,7 +70,7 @@ def run_stock(directory: Path, files: TensorSource, inputs: Inputs) -> Outputs:
     files: its tensors, of which nothing but the types is looked at.
 
     Raises:
-        CheckpointError: `transformers` misses tensors or finds some that it does not know.
+        CheckpointError: `transformers` cannot load it, or finds tensors missing or unknown.
     """
     import transformers
 
@@ -79,10 +79,16 @@ def run_stock(directory: Path, files: TensorSource, inputs: Inputs) -> Outputs:
     name = architecture(directory)
     if not hasattr(transformers, name):
         raise CheckpointError(f"transformers {transformers.__version__} has no class {name}")
-    dtypes = [d for d in set(files.dtypes.values()) if d.is_floating_point]
-    model, report = getattr(transformers, name).from_pretrained(
-        directory, output_loading_info=True, torch_dtype=max(dtypes, key=lambda d: d.itemsize)
-    )
+    widest = max(files.dtypes.values(), key=lambda dtype: dtype.itemsize)
+    try:
+        model, report = getattr(transformers, name).from_pretrained(
+            directory, output_loading_info=True, torch_dtype=widest
+        )
+    except Exception as error:  # a file that it does not like can fail in any way
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"transformers {transformers.__version__} cannot load {directory}: {reason}"
+        ) from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     unknown = {kind: sorted(map(str, report[kind])) for kind in kinds if report[kind]}
     if unknown:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -34,12 +34,19 @@ class TokenizerFiles:
     tokenizer_model: Path | None = None
     others: tuple[Path, ...] = ()
 
+    _FIELDS: ClassVar = ("vocab_file", "merge_file", "tokenizer_model")
+
     @property
     def named(self) -> dict[str, Path]:
         """The files that a flag names, by the flag's field."""
-        fields = ("vocab_file", "merge_file", "tokenizer_model")
-        files = {name: getattr(self, name) for name in fields}
+        files = {name: getattr(self, name) for name in self._FIELDS}
         return {name: file for name, file in files.items() if file is not None}
+
+    @property
+    def flags(self) -> dict[str, Any]:
+        """What the flags of a run say of it, by their fields."""
+        files = {name: file.name for name, file in self.named.items()}
+        return {"tokenizer_type": self.type, **dict.fromkeys(self._FIELDS), **files}
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,11 @@ class StoredModel:
 
     def with_tokenizer(self, tokenizer: TokenizerFiles) -> StoredModel:
         """This model with another tokenizer."""
-        return dataclasses.replace(self, tokenizer=tokenizer)
+        config = self.config
+        if config is not None:
+            data = dataclasses.replace(config.data, **tokenizer.flags)
+            config = dataclasses.replace(config, data=data)
+        return dataclasses.replace(self, tokenizer=tokenizer, config=config)
 
     def with_dtype(self, dtype: torch.dtype) -> StoredModel:
         """This model with its values rounded to `dtype` as they are read."""

@@ -76,6 +76,15 @@ def test_the_tokenizer_and_the_run_go_along(tmp_path: Path) -> None:
     again = read_native(tmp_path / "newer")
     assert (again.config, again.run_state) == (written.config, written.run_state)
     assert again.tokenizer.vocab_file is not None
+    # And a tokenizer that is put beside it takes the place of the run's.
+    others = tmp_path / "vocab.json"
+    others.write_text("{}")
+    changed = again.with_tokenizer(TokenizerFiles(type="GPT2BPETokenizer", vocab_file=others))
+    write_native(tmp_path / "newest", changed, changed.source, iteration=3)
+    newest = read_native(tmp_path / "newest").tokenizer
+    assert newest.type == "GPT2BPETokenizer"
+    assert newest.vocab_file is not None
+    assert newest.vocab_file.name == "vocab.json"
 
 
 def test_the_optimizers_state_is_left_behind_and_said_so(tmp_path: Path) -> None:

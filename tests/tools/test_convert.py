@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import random
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+import pretrain_bert
 from megatron.checkpoint import hf_export, save_checkpoint
 from megatron.checkpoint.hf_files import HuggingFaceFiles
 from megatron.checkpoint.name_map import Heads
@@ -25,10 +27,13 @@ from megatron.conversion.native import read_native, write_native
 from megatron.conversion.stored_model import StoredModel
 from megatron.errors import CheckpointError, ConfigError, UserError
 from megatron.model import build_bert
+from megatron.monitor import read_metrics
 from megatron.mpu import ParallelState, Stage
 from megatron.tokenizer import build_tokenizer
 from tests.checkpoint.support import make_config
 from tests.conversion.support import BERT, GPT2, LLAMA, POST_BERT, T5, T5_OF_HF, stored
+from tests.training.command import Command
+from tests.training.corpus import write_corpus
 
 transformers = pytest.importorskip("transformers")
 
@@ -259,6 +264,9 @@ def test_only_an_earlier_conversion_is_replaced(tmp_path: Path, convert: Convert
     (occupied / "precious").touch()
     with pytest.raises(ConfigError, match="holds precious, which no conversion wrote there"):
         convert("native", "hf", tmp_path / "native", occupied)
+    (occupied / "precious").unlink()
+    with pytest.raises(ConfigError, match="holds what --load names"):
+        convert("hf", "hf", occupied, occupied)
 
 
 def test_without_transformers_one_line_says_so(
@@ -343,14 +351,12 @@ SIZES = {
 }
 
 
-def hugging_face_model(kind: str) -> Any:
-    """A model of theirs with random values everywhere."""
-    name = {"Llama": "LlamaForCausalLM", "GPT2": "GPT2LMHeadModel"}.get(
-        kind, f"{kind}ForPreTraining"
-    )
+def hugging_face_model(kind: str, name: str | None = None) -> Any:
+    """A model of theirs, of the class that pretrains by default, with random values everywhere."""
+    own = {"Llama": "ForCausalLM", "GPT2": "LMHeadModel"}.get(kind, "ForPreTraining")
     ids = {"bos_token_id": 1, "eos_token_id": 2}
     config = getattr(transformers, f"{kind}Config")(**SIZES, **ids)
-    model = getattr(transformers, name)(config)
+    model = getattr(transformers, kind + (name or own))(config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -371,6 +377,60 @@ def test_every_version_of_megatron_returns_the_bits(
     back = convert("megatron", "hf", megatron, tmp_path / "back")
     ours, theirs = HuggingFaceFiles(back), HuggingFaceFiles(tmp_path / "theirs")
     assert_same_tensors(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "compared"),
+    [
+        ("MegatronBert", "Model", {"hidden_states", "pooled"}),
+        ("Bert", "ForTokenClassification", {"hidden_states"}),
+        ("Bert", "ForNextSentencePrediction", {"next_sentence"}),
+    ],
+)
+def test_models_without_pretraining_heads(
+    tmp_path: Path, convert: Convert, kind: str, name: str, compared: set[str]
+) -> None:
+    hugging_face_model(kind, name).save_pretrained(tmp_path / "theirs")
+    native = convert("hf", "native", tmp_path / "theirs", tmp_path / "native")
+    certificate = certificate_of(native)
+    assert set(certificate["max_abs_logit_diff_of"]) == compared
+    assert certificate["architecture"] == kind + name
+    assert any("no masked-LM head" in note for note in certificate["notes"])
+    back = convert("native", "hf", native, tmp_path / "back")
+    assert certificate_of(back)["architecture"] == kind + name
+    assert_same_tensors(HuggingFaceFiles(back), HuggingFaceFiles(tmp_path / "theirs"))
+
+
+@pytest.mark.parametrize("how", [["finetune"], ["no_load_optim", "override_lr_scheduler"]])
+def test_training_goes_on_from_what_transformers_saved(
+    tmp_path: Path,
+    convert: Convert,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    how: list[str],
+) -> None:
+    corpus = write_corpus(tmp_path)
+    words = len(corpus.vocab_file.read_text().splitlines())
+    sizes = SIZES | {"vocab_size": words, "max_position_embeddings": 16, "layer_norm_eps": 1e-5}
+    config = transformers.MegatronBertConfig(**sizes)
+    theirs = transformers.MegatronBertForPreTraining(config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokenizer = ["--tokenizer-type", "BertWordPieceCase", "--vocab-file", corpus.vocab_file]
+    native = convert("hf", "native", tmp_path / "theirs", tmp_path / "native", *tokenizer)
+    assert [file.name for file in read_native(native).tokenizer.named.values()] == ["vocab.txt"]
+
+    metrics = tmp_path / "metrics.jsonl"
+    options = {
+        "load": native,
+        "metrics_file": metrics,
+        "train_iters": 2,
+        **dict.fromkeys(how, True),
+    }
+    flags = corpus.flags(ffn_hidden_size=24, tokenizer_type="BertWordPieceCase", **options)
+    command = Command(pretrain_bert, capfd, monkeypatch)
+    assert command(flags) == 0, command.err
+    first = next(record for record in read_metrics(metrics) if "lm_loss" in record)
+    assert abs(first["lm_loss"] - math.log(words)) < 0.5
 
 
 def test_the_same_format_in_other_pieces(tmp_path: Path, convert: Convert) -> None:
