@@ -66,6 +66,16 @@ class Inputs:
         return given.size(0), given.size(1)
 
     @property
+    def shared(self) -> list[torch.Tensor]:
+        """What every stage is given, and backward has to come by on each.
+
+        Of a cache one tensor stands for all, since one pass through the stages has made it.
+        """
+        cached = [part for cache in self.past_key_values or () for part in cache]
+        given = (self.inputs_embeds, self.encoder_hidden_states, *cached[:1])
+        return [each for each in given if each is not None]
+
+    @property
     def past_length(self) -> int:
         """Positions that the cache already holds."""
         return 0 if not self.past_key_values else self.past_key_values[0][0].size(2)
@@ -178,7 +188,7 @@ class Backbone(PreTrainedModel):
                 self._receive(inputs)
             top = self._run_stage(inputs, record)
             named = dict(head(top)) if isinstance(top, Top) else {}
-            sent = None if isinstance(top, Top) else send_stream(top, self.state)
+            sent = None if isinstance(top, Top) else self._send(top, inputs)
         own = _Results(named, *self._shown(record))
         results = [own] if self.state.pipeline.size == 1 else self._spread(own, sent)
         made = dict(results[-1].named)
@@ -240,8 +250,12 @@ class Backbone(PreTrainedModel):
 
     def _receive(self, inputs: Inputs) -> None:
         b, s = inputs.shape
-        stream = receive_stream(self.state, (s, b, self.config.hidden_size), self.dtype)
+        shape = (s, b, self.config.hidden_size)
+        stream = receive_stream(self.state, shape, self.dtype, inputs.shared)
         self.language_model.set_input_tensor(stream)
+
+    def _send(self, stream: torch.Tensor, inputs: Inputs) -> torch.Tensor:
+        return send_stream(stream, self.state, inputs.shared if self.stage.is_first else ())
 
     def _run_stage(self, inputs: Inputs, record: Record) -> Top | torch.Tensor:
         """The last stage's top; of another stage the stream [s, b, h]."""

@@ -58,30 +58,39 @@ class _Edge:
 class _Receive(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, anchor: torch.Tensor, state: ParallelState, shape: Shape, dtype: torch.dtype
+        ctx: Any,
+        anchor: torch.Tensor,
+        state: ParallelState,
+        shape: Shape,
+        dtype: torch.dtype,
+        *shared: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.edge = _Edge(state, -1)
+        ctx.edge, ctx.nothing = _Edge(state, -1), (None,) * (4 + len(shared))
         return ctx.edge.receive(shape, dtype, state.device)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, None, None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, ...]:
         ctx.edge.send(grad)
-        return None, None, None, None
+        return ctx.nothing
 
 
 class _Send(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, anchor: torch.Tensor, tensor: torch.Tensor, state: ParallelState
+        ctx: Any,
+        anchor: torch.Tensor,
+        tensor: torch.Tensor,
+        state: ParallelState,
+        *shared: torch.Tensor,
     ) -> torch.Tensor:
-        ctx.edge = _Edge(state, 1)
+        ctx.edge, ctx.nothing = _Edge(state, 1), (None,) * len(shared)
         ctx.like = tuple(tensor.shape), tensor.dtype, tensor.device
         ctx.edge.send(tensor)
         return tensor.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[None, torch.Tensor, None]:
-        return None, ctx.edge.receive(*ctx.like), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return None, ctx.edge.receive(*ctx.like), None, *ctx.nothing
 
 
 class _Spread(torch.autograd.Function):
@@ -132,18 +141,26 @@ def _anchor() -> torch.Tensor:
     return torch.zeros((), requires_grad=True)
 
 
-def receive_stream(state: ParallelState, shape: Shape, dtype: torch.dtype) -> torch.Tensor:
-    """The stream [s, b, h] that the stage before has sent; its gradient is sent back."""
-    return _Receive.apply(_anchor(), state, shape, dtype)
+def receive_stream(
+    state: ParallelState, shape: Shape, dtype: torch.dtype, shared: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
+    """The stream [s, b, h] that the stage before has sent; its gradient is sent back.
+
+    shared: what all stages are given; backward comes by there even if this stage makes no use of
+        it, and only after the stream's gradient has been sent.
+    """
+    return _Receive.apply(_anchor(), state, shape, dtype, *shared)
 
 
-def send_stream(stream: torch.Tensor, state: ParallelState) -> torch.Tensor:
-    """Send the stream to the next stage.
+def send_stream(
+    stream: torch.Tensor, state: ParallelState, shared: Sequence[torch.Tensor] = ()
+) -> torch.Tensor:
+    """Send the stream to the next stage; `shared` as for `receive_stream`.
 
     Returns:
         what `spread` needs, so that backward comes by here and receives the stream's gradient.
     """
-    return _Send.apply(_anchor(), stream, state)
+    return _Send.apply(_anchor(), stream, state, *shared)
 
 
 def spread(
@@ -175,7 +192,8 @@ def spread(
 def shared_input(tensor: torch.Tensor | None, state: ParallelState) -> torch.Tensor | None:
     """An input that every stage is given; its gradient is the sum of all stages'.
 
-    It must be called before `receive_stream`: backward then sends the stream's gradient first.
+    The stages come together for that sum: it is to be among the `shared` of `receive_stream`, or on
+    the first stage of `send_stream`, so that every backward pass reaches it.
     """
     if tensor is None or state.pipeline.size == 1 or not tensor.requires_grad:
         return tensor
