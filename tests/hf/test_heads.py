@@ -6,9 +6,12 @@ outputs alone. Losses are compared with torch's own on the logits that are retur
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -469,3 +472,27 @@ def test_all_ranks_drop_and_return_the_same(tensor: int, pipeline: int) -> None:
     one, other = run_distributed(2, logits_in_training, tensor, pipeline)
     for left, right in zip(one, other, strict=True):
         assert torch.equal(left, right)
+
+
+def examples(kind: str) -> str:
+    """The code in the documentation, of one process or for torchrun."""
+    text = (Path(__file__).parents[2] / "docs" / "huggingface.md").read_text(encoding="utf-8")
+    return "\n".join(re.findall(rf"^```{kind}\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+
+
+def run_example(directory: Path) -> None:
+    with contextlib.chdir(directory):
+        exec(compile(examples("python torchrun"), "docs/huggingface.md", "exec"), {})
+
+
+def test_the_examples_of_the_documentation_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(examples("python"), "docs/huggingface.md", "exec"), names)
+    assert names["result"].number == 10 and names["text"].shape == (1, 8)
+    saved = tmp_path / "small-classifier" / "model.safetensors"
+    saved.unlink()
+    run_distributed(4, run_example, tmp_path)
+    assert saved.exists()
