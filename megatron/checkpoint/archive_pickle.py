@@ -301,4 +301,5 @@ _MAKERS: dict[str, _Maker] = {
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
+    "types.SimpleNamespace": _namespace,  # transformers writes Megatron-LM's arguments so
 }

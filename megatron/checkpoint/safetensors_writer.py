@@ -92,7 +92,9 @@ def _write_file(
         for plan in plans:
             tensor = next(tensors)
             assert (tensor.shape, tensor.dtype) == (plan.shape, plan.dtype), plan.name
-            file.write(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+            # A tensor of one element may be contiguous with any stride, and then is no bytes.
+            flat = tensor.contiguous().as_strided((tensor.numel(),), (1,))
+            file.write(flat.view(torch.uint8).numpy().data)
             yield plan.num_bytes
 
 

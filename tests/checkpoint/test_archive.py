@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import io
 import pickle
 import random
 import tempfile
+import types
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,13 @@ def test_any_protocol_is_read(tmp_path: Path, protocol: int, zipped: bool) -> No
     path = tmp_path / "tree.pt"
     torch.save(tree, path, pickle_protocol=protocol, _use_new_zipfile_serialization=zipped)
     assert_equal(load(path), torch.load(path, weights_only=False, map_location="cpu"))
+
+
+@FORMATS
+def test_arguments_are_read_however_they_were_held(tmp_path: Path, zipped: bool) -> None:
+    values = {"num_layers": 24, "params_dtype": torch.float16}
+    tree = {"args": types.SimpleNamespace(**values)}
+    assert load(save(tree, tmp_path / "args.pt", zipped)) == {"args": argparse.Namespace(**values)}
 
 
 @FORMATS

@@ -36,3 +36,12 @@ def test_the_library_reads_what_is_written(tmp_path: Path, max_bytes: int, count
         index = json.loads((tmp_path / INDEX_FILE).read_text())
         assert index["weight_map"] == {name: file for name, (file, _) in found.items()}
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in TENSORS.values())
+
+
+def test_a_single_element_of_any_stride_is_written(tmp_path: Path) -> None:
+    element = torch.arange(6.0).view(2, 3)[1:, 1:2].t()  # contiguous, with a stride of 3
+    plan = TensorPlan("element", (1, 1), torch.float32)
+    write_safetensors(tmp_path, [plan], [element], max_bytes=100)
+    from safetensors.torch import load_file
+
+    assert load_file(tmp_path / "model.safetensors")["element"].item() == 4.0
