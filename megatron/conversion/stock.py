@@ -67,7 +67,7 @@ def architecture(directory: Path) -> str:
 def run_stock(directory: Path, files: TensorSource, inputs: Inputs) -> Outputs:
     """The outputs of the model in `directory`, as `run_network` gives them.
 
-    files: its tensors, of which nothing but the types is looked at.
+    files: its tensors under our names, of which names and types are looked at.
 
     Raises:
         CheckpointError: `transformers` cannot load it, or finds tensors missing or unknown.
@@ -79,10 +79,14 @@ def run_stock(directory: Path, files: TensorSource, inputs: Inputs) -> Outputs:
     name = architecture(directory)
     if not hasattr(transformers, name):
         raise CheckpointError(f"transformers {transformers.__version__} has no class {name}")
-    widest = max(files.dtypes.values(), key=lambda dtype: dtype.itemsize)
+    options: dict[str, Any] = {
+        "torch_dtype": max(files.dtypes.values(), key=lambda dtype: dtype.itemsize)
+    }
+    if name.endswith("BertModel") and not any(".pooler." in key for key in files.shapes):
+        options["add_pooling_layer"] = False
     try:
         model, report = getattr(transformers, name).from_pretrained(
-            directory, output_loading_info=True, torch_dtype=widest
+            directory, output_loading_info=True, **options
         )
     except Exception as error:  # a file that it does not like can fail in any way
         reason = " ".join(str(error).split())
