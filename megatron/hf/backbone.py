@@ -261,7 +261,7 @@ class Backbone(PreTrainedModel):
         """The last stage's top; of another stage the stream [s, b, h]."""
         b, s = inputs.shape
         extras = self._extras(inputs, record)
-        mask = AttentionMask(bias=self._own_mask(inputs))
+        mask = self._mask(self._seen(inputs))
         ids = inputs.input_ids
         if ids is None:
             assert inputs.inputs_embeds is not None
@@ -307,8 +307,7 @@ class Backbone(PreTrainedModel):
         if self.config.add_cross_attention and output is not None:
             extras["encoder_output"] = output.transpose(0, 1).to(self.dtype)
             mask = inputs.encoder_attention_mask
-            bias = None if mask is None else self._bias(_for_all_heads(mask))
-            extras["encoder_mask"] = AttentionMask(bias=bias)
+            extras["encoder_mask"] = self._mask(None if mask is None else _for_all_heads(mask))
         return Extras(
             inputs_embeds=inputs.inputs_embeds,
             head_masks=self._head_masks(inputs.head_mask),
@@ -317,26 +316,26 @@ class Backbone(PreTrainedModel):
             **extras,
         )
 
-    def _own_mask(self, inputs: Inputs) -> torch.Tensor | None:
-        """What is added to the scores, broadcast to [b, n, s, z]; None where all may be seen."""
+    def _seen(self, inputs: Inputs) -> torch.Tensor | None:
+        """1 for what may be seen, 0 for what may not, broadcast to [b, n, s, z]; None for all 1."""
         mask = inputs.attention_mask
         if not self.config.is_decoder or (mask is not None and mask.dim() == 3):
-            if mask is None or (mask.device.type == "cpu" and bool((mask == 1).all())):
-                return None
-            return self._bias(_for_all_heads(mask))
+            return None if mask is None else _for_all_heads(mask)
         _, s = inputs.shape
         z = s + inputs.past_length
         not_ahead = torch.ones((s, z), device=self.device).tril(inputs.past_length)[None, None]
-        if mask is None:
-            return self._bias(not_ahead)
-        return self._bias(not_ahead * _for_all_heads(mask))
+        return not_ahead if mask is None else not_ahead * _for_all_heads(mask)
 
-    def _bias(self, seen: torch.Tensor) -> torch.Tensor:
-        """1 for what may be seen, 0 for what may not -> 0 and the least number of the format.
+    def _mask(self, seen: torch.Tensor | None) -> AttentionMask:
+        """What is not seen gets the least number of the format added to its score.
 
-        That number, and not minus infinity, so that a row of which nothing may be seen is defined.
+        That number, and not minus infinity, so that a row of which nothing is seen is defined.
         """
-        return (1.0 - seen.to(self.dtype)) * torch.finfo(self.dtype).min
+        # Only the CPU can look without waiting for a device.
+        if seen is None or (seen.device.type == "cpu" and bool((seen == 1).all())):
+            return AttentionMask()
+        bias = (1.0 - seen.to(self.dtype)) * torch.finfo(self.dtype).min
+        return AttentionMask(bias=bias, hides_all=bool((bias.amax(-1) < 0).any()))
 
     def _position_ids(self, inputs: Inputs) -> torch.Tensor | None:
         """i64[b or 1, s]; None where positions count from 0."""

@@ -31,12 +31,16 @@ class AttentionMask:
         document_lengths: i64[b, m] on the host, the lengths of the documents that make up each
             row, filled up with zeros: only keys of its own document. None for one document.
         bias: added to the scores, broadcast to [b, n, s, z]; None for none.
+        hides_all: whether the bias pushes all scores of some query below any that a score can be.
+            All its weights are then equal; fused implementations, which keep of a query the
+            logarithm of its weights' sum, find other ones in the backward pass.
     """
 
     causal: bool = False
     keys: torch.Tensor | None = None
     document_lengths: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    hides_all: bool = False
 
     def with_bias(self, bias: torch.Tensor | None) -> AttentionMask:
         """This mask with another bias."""
@@ -125,7 +129,11 @@ class AttentionCore:
     ) -> torch.Tensor:
         """[b, n, s, d] each -> [b, n, s, d]"""
         # PyTorch has no fused attention with dropout for the CPU, and its plain one holds more.
-        fused = self.fused and not (self.dropout > 0.0 and query.device.type == "cpu")
+        fused = (
+            self.fused
+            and not mask.hides_all
+            and not (self.dropout > 0.0 and query.device.type == "cpu")
+        )
         if fused:
             dense = _dense(mask, query, key)
             return F.scaled_dot_product_attention(
