@@ -146,7 +146,7 @@ class InitialisedModule(nn.Module):
         super()._apply(fn, recurse)
         device = next(self.parameters()).device
         object.__setattr__(self.state, "device", device)
-        self.state.streams._device = device
+        self.state.streams.to(device)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

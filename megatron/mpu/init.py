@@ -10,9 +10,7 @@ number (Box and Muller, 1958). No rank draws more than its own part.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -61,19 +59,6 @@ def xavier_uniform(seed: int) -> InitMethod:
     return draw
 
 
-_leaves_zeros: ContextVar[bool] = ContextVar("_leaves_zeros", default=False)
-
-
-@contextmanager
-def no_initial_values() -> Iterator[None]:
-    """Make parameters of zeros in here, for whoever is about to fill them with something else."""
-    token = _leaves_zeros.set(True)
-    try:
-        yield
-    finally:
-        _leaves_zeros.reset(token)
-
-
 def create_parameter(
     spec: ShardSpec,
     axis: Axis,
@@ -84,14 +69,13 @@ def create_parameter(
 ) -> nn.Parameter:
     """This tensor rank's part of the parameter that ``spec`` describes, with its initial values.
 
-    Vocabulary padding is zero. On the meta device, and inside :func:`no_initial_values`, no value
-    is computed.
+    Vocabulary padding is zero. On the meta device no value is computed.
 
     Returns:
         parameter of shape ``spec.local_shape(axis.size)`` with ``shard_spec`` attached.
     """
     local = torch.zeros(spec.local_shape(axis.size), dtype=dtype, device=device)
-    if not (local.is_meta or _leaves_zeros.get()):
+    if not local.is_meta:
         for rectangle in spec.rectangles(axis.rank, axis.size):
             _fill(local[rectangle.local_slices], spec, rectangle, init_method)
     parameter = nn.Parameter(local)

@@ -49,6 +49,10 @@ class RandomStreams:
         self._split_state: torch.Tensor | None = None
         self._split_seed: int | None = None
 
+    def to(self, device: torch.device) -> None:
+        """Draw on another device from the next `start` on."""
+        self._device, self._split_state = device, None
+
     def start(self, seed: int, step: int, micro_batch: int, chunk: int = 0) -> None:
         """Seed both streams for one forward pass of one micro-batch."""
         place = self._coordinates
