@@ -70,9 +70,12 @@ def _inputs(name: str) -> dict[str, Any]:
         "attention_mask": mask,
     }
     if kind(name) == "ForCausalLM":
+        # As long as the tokens: release 5.23 of MegatronBERT fails with any other length.
+        states = torch.ones(2, 7, dtype=torch.int64)
+        states[1, 4:] = 0
         inputs |= {
-            "encoder_hidden_states": torch.randn(2, 4, SIZES["hidden_size"]),
-            "encoder_attention_mask": torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]),
+            "encoder_hidden_states": torch.randn(2, 7, SIZES["hidden_size"]),
+            "encoder_attention_mask": states,
             "use_cache": False,
         }
     return inputs

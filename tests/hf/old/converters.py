@@ -111,16 +111,7 @@ def _write(draw: random.Random, kind: str, version: int, directory: Path) -> Wri
     case = _case(draw, model)
     with torch.no_grad():
         logits = _logits(network.eval(), case["calls"][0])
-    write_megatron(
-        directory,
-        network.config.model,
-        _Tensors(network),
-        tensor=1,
-        pipeline=1,
-        virtual=1,
-        version=version,
-        iteration="release",
-    )
+    write_megatron(directory, network.config.model, _Tensors(network), version=version)
     return Written(directory, model, case, logits)
 
 

@@ -5,8 +5,8 @@
 The file is a list of jobs. A job without `model` makes a model of random weights from its case and
 saves it under DIRECTORY/model; a job with `model` loads that directory. Both write
 DIRECTORY/answer.safetensors (inputs, outputs, gradients) and DIRECTORY/answer.json (the order of
-the outputs, second names of shared parameters, keys that were missing or unexpected, the error
-where there was one).
+the outputs, second names of shared parameters, the configuration, keys that were missing or
+unexpected, the error where there was one).
 """
 
 from __future__ import annotations
@@ -56,7 +56,12 @@ def _answer(job: dict[str, Any], directory: Path) -> dict[str, Any]:
         tensors[f"gradient/{name}"] = torch.zeros_like(parameter) if gradient is None else gradient
     whole = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     save_file(whole, directory / "answer.safetensors")
-    return {"orders": result.orders, "second_names": _second_names(model), "loading": loading}
+    return {
+        "orders": result.orders,
+        "second_names": _second_names(model),
+        "loading": loading,
+        "config": model.config.to_dict(),
+    }
 
 
 def _make(case: Case) -> Any:
