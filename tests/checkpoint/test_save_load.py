@@ -199,7 +199,7 @@ def test_all_differences_of_another_model_are_named(tmp_path: Path) -> None:
         f"checkpoint {path}: --num-attention-heads is 4 there and 2 here",
         f"checkpoint {path}: --kv-channels is 4 there and 8 here",
         f"checkpoint {path}: --vocab-size is 61 there and 62 here",
-        f"checkpoint {path}: --openai-gelu is off there and on here",
+        f"checkpoint {path}: --activation is gelu there and gelu_tanh here",
     )
 
 
