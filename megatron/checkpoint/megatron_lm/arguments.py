@@ -77,6 +77,8 @@ _PRECISIONS = {
     torch.float32: {},
 }
 _LAYER = "language_model.encoder.layers.0"
+# Heads by layers and width, of the models of 345M parameters that were released without arguments.
+_RELEASED_HEADS = {(24, 1024): 16}
 
 
 @dataclass(frozen=True)
@@ -143,7 +145,8 @@ def model_config(
         )
     values |= _activations(stored, bool(values["swiglu"]))
     values["vocab_size"] = _vocab_size(stored, vocab_size)
-    return _checked(values, stored.where), list(_assumptions(stored, values, vocab_size))
+    assumptions = _assumptions(stored, values, heads, vocab_size)
+    return _checked(values, stored.where), list(assumptions)
 
 
 def _refusals(given: Mapping[str, Any]) -> Iterator[str]:
@@ -162,6 +165,9 @@ def _refusals(given: Mapping[str, Any]) -> Iterator[str]:
 
 def _heads(stored: Stored, heads: int | None) -> int:
     found = stored.arguments.get("num_attention_heads", heads)
+    if found is None and not stored.arguments:
+        width = stored.shapes.get(WORD_EMBEDDINGS, (0, 0))[-1]
+        found = _RELEASED_HEADS.get((layers_of("encoder", stored.shapes), width))
     if found is None:
         raise CheckpointError(
             f"{stored.where} does not say the number of attention heads, which no tensor shows: "
@@ -276,13 +282,14 @@ def _said_vocab_size(given: Mapping[str, Any]) -> int | None:
 
 
 def _assumptions(
-    stored: Stored, values: Mapping[str, Any], vocab_size: int | None
+    stored: Stored, values: Mapping[str, Any], heads: int | None, vocab_size: int | None
 ) -> Iterator[str]:
     given = stored.arguments
     if not given:
+        known = "as in the released models of 345M parameters" if heads is None else "as stated"
         yield (
             f"no args: sizes are those of the tensors, {values['num_layers']} layers of width "
-            f"{values['hidden_size']}, and {values['num_attention_heads']} heads as stated"
+            f"{values['hidden_size']}, and {values['num_attention_heads']} heads {known}"
         )
     defaults = {flag.name: flag.default for flag in flags_of(ModelConfig)}
     for name in _ASSUMED:
