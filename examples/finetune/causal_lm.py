@@ -3,8 +3,9 @@
     python examples/finetune/causal_lm.py
     torchrun --nproc-per-node 2 examples/finetune/causal_lm.py --tensor-model-parallel-size 2
 
-`the dog lives in the` can only go on with `kennel`. Which animal comes next cannot be known: the
-loss is taken over all words, and what is counted are those that follow from the words before.
+`the dog lives in the old` can only go on with `kennel`. Much cannot be known, such as which animal
+comes next, or whether a noun has an adjective: the loss is taken over all words, and what is
+counted are foods and homes behind an adjective.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from examples.finetune.common import Batch, Counts, Example, Parser, correct, run
-from examples.finetune.language import ANIMALS, draw_two, encode, numbers
+from examples.finetune.language import ADJECTIVES, ANIMALS, draw_two, encode, numbers
 from megatron.errors import run_command
 from megatron.hf import ModelOutput
 
 LENGTH = 42
+ADJECTIVE = torch.tensor(numbers(ADJECTIVES))
 KNOWN = torch.tensor(numbers([word for animal in ANIMALS for word in (animal.food, animal.home)]))
 
 
@@ -46,8 +48,9 @@ def collate(samples: Sequence[str]) -> Batch:
 
 def metrics(output: ModelOutput, batch: Batch) -> Counts:
     """How many of the foods and homes are foreseen."""
-    following = batch["labels"][:, 1:]
-    known = torch.isin(following, KNOWN.to(following.device))
+    following, device = batch["labels"][:, 1:], batch["labels"].device
+    known = torch.isin(following, KNOWN.to(device))
+    known &= torch.isin(batch["input_ids"][:, :-1], ADJECTIVE.to(device))
     return {"accuracy": correct(output["logits"][:, :-1], following.where(known, -100))}
 
 

@@ -30,7 +30,7 @@ from examples.finetune.language import VOCABULARY
 from megatron.errors import CheckpointError, ConfigError
 from megatron.hf import ModelOutput, parallel_state
 from megatron.hf.fine_tuning import FineTuner
-from megatron.hf.fine_tuning_losses import loss_terms
+from megatron.hf.fine_tuning_losses import loss_terms, sequence_shape
 from megatron.hf.heads import HeadedModel
 from megatron.hf.hub import CONFIG_FILE, locate
 from megatron.mpu import ParallelState
@@ -134,7 +134,12 @@ def run(example: Example[Sample], options: argparse.Namespace) -> None:
     state = parallel_state(options.tensor_model_parallel_size, options.pipeline_model_parallel_size)
     _check_batch(options, state)
     say = partial(print, flush=True) if state.rank == 0 else _silently
+    if options.save is not None:
+        options.save.mkdir(parents=True, exist_ok=True)  # it had better fail now than at the end
+    samples = _distinct(example.draw, TRAINED_ON + HELD_OUT, Random(options.seed))
+    held_out, trained_on = samples[:HELD_OUT], samples[HELD_OUT:]
     model = _model(example, options, state)
+    _check_fits(model, example.collate(samples[:1]), options.model)
     tuner = FineTuner(
         model,
         lr=options.lr,
@@ -145,9 +150,10 @@ def run(example: Example[Sample], options: argparse.Namespace) -> None:
         use_distributed_optimizer=options.use_distributed_optimizer,
         seed=options.seed,
     )
-    say(f"{type(model).__name__}: {model.num_parameters():,} parameters on {state.topology}")
-    samples = _distinct(example.draw, TRAINED_ON + HELD_OUT, Random(options.seed))
-    held_out, trained_on = samples[:HELD_OUT], samples[HELD_OUT:]
+    say(
+        f"{type(model).__name__} of {model.num_parameters():,} parameters on tensor "
+        f"{state.tensor.size} x pipeline {state.pipeline.size} x data {state.data.size} ranks"
+    )
     before = _measure(tuner, example, held_out)
     _train(tuner, example, trained_on, options, say)
     after = _measure(tuner, example, held_out)
@@ -176,20 +182,36 @@ def _model(
     example: Example[Sample], options: argparse.Namespace, state: ParallelState
 ) -> HeadedModel:
     torch.manual_seed(options.seed)
+    fields = {"is_decoder": False, **example.config}  # whatever a loaded model was before
     if options.model is None:
-        small = megatron.hf.MegatronBertConfig(**SMALL, **example.config)
+        small = megatron.hf.MegatronBertConfig(**SMALL, **fields)
         model = _class("MegatronBert", example.head)(small, parallel_state=state)
     else:
         model = _class(_family(options.model), example.head).from_pretrained(
-            options.model, parallel_state=state, **example.config
+            options.model,
+            parallel_state=state,
+            # A head for another number of labels begins anew.
+            ignore_mismatched_sizes=True,
+            **fields,
         )
-        if model.config.vocab_size < len(VOCABULARY):
-            raise ConfigError(
-                f"--model {options.model}: its vocab_size is {model.config.vocab_size}, "
-                f"expected at least the {len(VOCABULARY)} words of the examples"
-            )
     found: HeadedModel = model.bfloat16() if options.bf16 else model
     return found
+
+
+def _check_fits(model: HeadedModel, batch: Batch, name: str | None) -> None:
+    """Whether a model that was not made for the examples can read them."""
+    needed = {
+        "vocab_size": len(VOCABULARY),
+        "max_position_embeddings": sequence_shape(batch)[1],
+        "type_vocab_size": 2,
+    }
+    problems = [
+        f"--model {name}: its {field} is {found}, expected at least {least}"
+        for field, least in needed.items()
+        if (found := getattr(model.config, field)) < least
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def _family(name_or_path: str) -> str:

@@ -27,7 +27,7 @@ Sample = tuple[str, str]  # a text, and the same with gaps
 
 def main() -> None:
     """Trains and reports."""
-    run(Example("ForMaskedLM", draw, collate, metrics), Parser(__doc__, steps=500).parse_args())
+    run(Example("ForMaskedLM", draw, collate, metrics), Parser(__doc__, steps=400).parse_args())
 
 
 def draw(random: Random) -> Sample:

@@ -31,7 +31,7 @@ Sample = tuple[str, str, str]  # question, text, answer
 
 def main() -> None:
     """Trains and reports."""
-    example = Example("ForQuestionAnswering", draw, collate, metrics)
+    example = Example("ForQuestionAnswering", draw, collate, metrics, {"num_labels": 2})
     run(example, Parser(__doc__, steps=500).parse_args())
 
 
