@@ -259,6 +259,27 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_been(tmp_path: Path) -> None:
         assert torch.equal(weight, weights[name]), name
 
 
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (1, 1)])
+def test_another_layout_goes_on_with_a_run(tensor: int, pipeline: int, tmp_path: Path) -> None:
+    first, second, _ = batches_of("pretraining")
+    tuner = tuner_of(build("pretraining"))
+    tuner.step([first])
+    tuner.save(tmp_path)
+    expected = tuner.step([second]).loss.item(), tuner.model.full_state_dict()
+    for loss, weights in run_distributed(2, _resumed, tensor, pipeline, tmp_path):
+        assert loss == pytest.approx(expected[0], rel=1e-10)
+        torch.testing.assert_close(weights, expected[1], rtol=1e-9, atol=1e-10)
+
+
+def _resumed(tensor: int, pipeline: int, directory: Path) -> tuple[float, dict[str, Tensor]]:
+    model = build("pretraining", hf.parallel_state(tensor, pipeline), initializer_range=0.2)
+    tuner = tuner_of(model, use_distributed_optimizer=True)
+    tuner.resume(directory)
+    axis, batch = model.state.data, batches_of("pretraining")[1]
+    own = {name: part.chunk(axis.size)[axis.rank] for name, part in batch.items()}
+    return tuner.step([own]).loss.item(), model.full_state_dict()
+
+
 def test_dropout_is_drawn_anew_each_step_and_alike_from_the_same_seed() -> None:
     batch = batches_of("tokens")[0]
 
