@@ -16,6 +16,7 @@ def test_every_class_is_in_the_fixture() -> None:
     assert {name.split("-")[1] for name in case_names()} == set(CLASSES)
 
 
+@pytest.mark.filterwarnings("ignore:next_sentence_label")
 @pytest.mark.parametrize("name", case_names())
 def test_outputs_and_gradients(name: str) -> None:
     wrong = disagreements(check(case_directory(name)))

@@ -121,6 +121,7 @@ def _case(draw: random.Random, model: ModelConfig) -> Case:
     def rows(below: int) -> list[list[int]]:
         return [[draw.randrange(below) for _ in range(LENGTH)] for _ in range(BATCH)]
 
+    assert model.vocab_size is not None
     call: dict[str, Any] = {"input_ids": rows(model.vocab_size)}
     if model.model_type == "bert":
         mask = [[int(place < LENGTH - row) for place in range(LENGTH)] for row in range(BATCH)]

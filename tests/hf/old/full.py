@@ -23,6 +23,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,29 +122,26 @@ def _portion(
         [{"case": c, "directory": str(d)} for c, d in zip(cases, directories, strict=True)],
         scratch,
     )
-    saved = []
     failures = len(table.failures)
-    for case, directory in zip(cases, directories, strict=True):
-        table.enter("theirs loaded here", directory.name, lambda d=directory: _ours(d))
-        if (directory / "ours").exists():
-            saved.append(
-                {
-                    "case": case,
-                    "model": str(directory / "ours"),
-                    "directory": str(directory / "again"),
-                }
-            )
-    ask(saved, scratch)
-    for job in saved:
-        directory = Path(job["directory"]).parent
-        table.enter("ours loaded there", directory.name, lambda d=directory: _theirs_again(d))
+    for directory in directories:
+        table.enter("theirs loaded here", directory.name, partial(_ours, directory))
+    saved = [pair for pair in zip(cases, directories, strict=True) if (pair[1] / "ours").exists()]
+    ask(
+        [
+            {"case": case, "model": str(directory / "ours"), "directory": str(directory / "again")}
+            for case, directory in saved
+        ],
+        scratch,
+    )
+    for _, directory in saved:
+        table.enter("ours loaded there", directory.name, partial(_theirs_again, directory))
     for case, directory in list(zip(cases, directories, strict=True))[:on_ranks]:
         for tensor, pipeline in LAYOUTS:
             if fits(case, tensor, pipeline):
                 table.enter(
                     f"TP={tensor} PP={pipeline}",
                     directory.name,
-                    lambda d=directory, t=tensor, p=pipeline: _on_ranks(d, t, p),
+                    partial(_on_ranks, directory, tensor, pipeline),
                 )
     if keep is not None:
         for line in table.failures[failures:]:
@@ -180,7 +178,7 @@ def _converters(table: Table, seed: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         for checkpoint in written_checkpoints(seed, Path(scratch)):
             name = checkpoint.directory.name
-            table.enter("converters", name, lambda c=checkpoint: converted(c))
+            table.enter("converters", name, partial(converted, checkpoint))
 
 
 def _options(case: Case) -> list[str]:

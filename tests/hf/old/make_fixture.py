@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 from tests.hf.old.cases import ACTIVATIONS, CLASSES, draw_case
 from tests.hf.old.environment import ask
@@ -27,7 +28,7 @@ def main() -> None:
     draw = random.Random(SEED)
     with tempfile.TemporaryDirectory() as scratch:
         names = [(n, name) for n in range(CASES_OF_A_CLASS) for name in CLASSES]
-        jobs = [
+        jobs: list[dict[str, Any]] = [
             {"case": draw_case(draw, name, small=True), "directory": f"{scratch}/{number}-{name}"}
             for number, name in names
         ]
