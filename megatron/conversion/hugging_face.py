@@ -1,7 +1,7 @@
 """Directories of Hugging Face's format: config.json, weights, and a tokenizer.
 
-What names and configurations mean is known to `megatron.checkpoint.hf_models`; here are the files
-around them.
+What names and configurations mean is known to `megatron.checkpoint.hugging_face`; here are the
+files around them.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from megatron.checkpoint.hf_export import write_hugging_face
-from megatron.checkpoint.hf_files import HuggingFaceFiles
-from megatron.checkpoint.hf_models import architecture_for, open_hugging_face
+from megatron.checkpoint.hugging_face.export import write_hugging_face
+from megatron.checkpoint.hugging_face.files import HuggingFaceFiles
+from megatron.checkpoint.hugging_face.models import architecture_for, open_hugging_face
 from megatron.conversion.stock import architecture
 from megatron.conversion.stored_model import StoredModel, TokenizerFiles, of_dtypes
 from megatron.errors import CheckpointError

@@ -34,7 +34,6 @@ from megatron.errors import ConfigError, DataError
 from megatron.hf.fine_tuning_losses import LABELS, Batch, Term, loss_terms, sequence_shape
 from megatron.hf.heads import HeadedModel
 from megatron.hf.outputs import ModelOutput
-from megatron.mpu import ParallelState
 from megatron.mpu.collectives import all_reduce, broadcast
 from megatron.optimizer import LearningRateSchedule, StepResult, build_optimizer
 from megatron.pipeline.p2p import TensorSpec
@@ -119,7 +118,7 @@ class FineTuner:
         if not isinstance(model, HeadedModel):
             raise ConfigError(f"{type(model).__name__} has no head, and so no loss to train by")
         self.model = model
-        self.state = _state_of(model)
+        self.state = model.state
         options = OptimizerConfig(
             lr=lr,
             min_lr=min_lr,
@@ -309,12 +308,6 @@ class FineTuner:
             for parameter in self.model.parameters()
         )
         return chain(weights, self.optimizer.state_tensors())
-
-
-def _state_of(model: HeadedModel) -> ParallelState:
-    """The model's ranks; on one process the device may have been chosen by `model.to`."""
-    state, device = model.state, model.device
-    return state if state.device == device else replace(state, device=device)
 
 
 def _checked(

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from megatron.checkpoint.hf_models import model_config_of
+from megatron.checkpoint.hugging_face.models import model_config_of
 from megatron.hf.configuration import BertFamilyConfig
 from megatron.hf.gathering import Part, held_by_stages
 from megatron.hf.parallel import native_config, stage_of

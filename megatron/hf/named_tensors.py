@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from megatron.checkpoint.hf_bert import bert_entries
+from megatron.checkpoint.hugging_face.bert import bert_entries
 from megatron.checkpoint.name_map import Entry
 from megatron.hf.gathering import Part, held_by_stages, true_part, whole_tensors
 from megatron.hf.initial_values import InitialisedModule

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from megatron.checkpoint.hf_files import HuggingFaceFiles
+from megatron.checkpoint.hugging_face.files import HuggingFaceFiles
 from megatron.checkpoint.safetensors_writer import TensorPlan
 from megatron.checkpoint.tensor_source import TensorSource
 from megatron.config import Config

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from megatron.checkpoint.archive_writer import DeferredTensor, write_archive
+from megatron.checkpoint.archive.writer import DeferredTensor, write_archive
 from megatron.checkpoint.safetensors_writer import TensorPlan, write_safetensors
 from megatron.errors import ConfigError
 

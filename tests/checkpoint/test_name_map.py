@@ -22,7 +22,7 @@ from megatron.checkpoint.name_map import (
 )
 from megatron.errors import CheckpointError
 from megatron.mpu import ShardSpec
-from tests.checkpoint.hf_support import DictSource
+from tests.checkpoint.hugging_face.support import DictSource
 from tests.checkpoint.support import local_part, values
 
 SIZES = (1, 2, 4)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 
-from megatron.checkpoint.hf_files import HuggingFaceFiles
+from megatron.checkpoint.hugging_face.files import HuggingFaceFiles
 from megatron.errors import CheckpointError, ConfigError
 from megatron.hf import bert
 from megatron.hf.pretrained import PreTrainedModel

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron.checkpoint.hf_files import HuggingFaceFiles
+from megatron.checkpoint.hugging_face.files import HuggingFaceFiles
 from megatron.mpu import ParallelState
 from tests.distributed import run_distributed
 from tests.hf.tiny import FAMILIES, assert_same, class_of, model_of

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.hf_models import entries, hugging_face_config
+from megatron.checkpoint.hugging_face.models import entries, hugging_face_config
 from megatron.checkpoint.name_map import to_theirs
 from megatron.config import Config
 from megatron.model import BertModel

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 import pretrain_bert
-from megatron.checkpoint import hf_export, save_checkpoint
-from megatron.checkpoint.hf_files import HuggingFaceFiles
+from megatron.checkpoint import save_checkpoint
+from megatron.checkpoint.hugging_face import export
+from megatron.checkpoint.hugging_face.files import HuggingFaceFiles
 from megatron.checkpoint.name_map import Heads
 from megatron.checkpoint.stored import StoredTensors
 from megatron.checkpoint.tensor_source import TensorSource
@@ -185,9 +186,9 @@ def test_a_difference_is_a_failure_that_writes_nothing(
     tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(tmp_path / "native", make_config(layernorm_epsilon=0.1))
-    true_config = hf_export.hugging_face_config
+    true_config = export.hugging_face_config
     monkeypatch.setattr(
-        hf_export,
+        export,
         "hugging_face_config",
         lambda *a, **k: true_config(*a, **k) | {"layer_norm_eps": 1e-12},
     )

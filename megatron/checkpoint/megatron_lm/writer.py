@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.archive_writer import DeferredTensor, write_archive
+from megatron.checkpoint.archive.writer import DeferredTensor, write_archive
 from megatron.checkpoint.megatron_lm import rows
 from megatron.checkpoint.megatron_lm.layout import (
     LATEST_FILE,

@@ -21,7 +21,7 @@ import torch
 
 from megatron.checkpoint.archive import LazyArchive, Unknown
 from megatron.errors import CheckpointError
-from tests.checkpoint.archive_support import (
+from tests.checkpoint.archive.support import (
     FORMATS,
     Call,
     Persistent,
@@ -74,7 +74,7 @@ EVIL: dict[str, tuple[Callable[[Path], Any], str]] = {
     "attrgetter": (lambda m: Call(operator.attrgetter("system"), 1), "operator.attrgetter"),
     "partial": (lambda m: functools.partial(os.system, shell(m)), "functools.partial"),
     "import": (lambda m: Call(__import__, "antigravity"), "builtins.__import__"),
-    "class": (lambda m: Trees(1), "tests.checkpoint.archive_support.Trees"),
+    "class": (lambda m: Trees(1), "tests.checkpoint.archive.support.Trees"),
     "class as value": (lambda m: argparse.Namespace, "argparse.Namespace"),
     "function as value": (lambda m: torch._utils._rebuild_tensor_v2, "_rebuild_tensor_v2"),
     "torch.load": (lambda m: Call(torch.load, str(m)), "torch.serialization.load"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron.checkpoint.hf_architecture import Fields, their_activation
+from megatron.checkpoint.hugging_face.architecture import Fields, their_activation
 from megatron.config.model import ACTIVATIONS
 from megatron.errors import CheckpointError
 from megatron.ops.activation import ACTIVATIONS as FORMULAS

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.pickle_record import STORAGE_TYPES
+from megatron.checkpoint.archive.record import STORAGE_TYPES
 
 _STORAGE_NAMES = {dtype: name for name, dtype in STORAGE_TYPES.items()}
 _PROTOCOL = 2  # what torch.save uses; every version of PyTorch reads it

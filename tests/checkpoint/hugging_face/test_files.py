@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.hf_files import HuggingFaceFiles
+from megatron.checkpoint.hugging_face.files import HuggingFaceFiles
 from megatron.checkpoint.tensor_source import TensorSource
 from megatron.errors import CheckpointError, ConfigError
 

@@ -10,7 +10,7 @@ Before, it was a sequence: pickles of a magic number, a version, some facts abou
 objects, and the list of keys; then, for each key, the number of elements as an int64 and the
 bytes.
 
-Either way the pickle is small and is read as `archive_pickle` does, by an allow-list. Tensors
+Either way the pickle is small and is read as `pickles` does, by an allow-list. Tensors
 become `LazyTensor`s, which know where their bytes lie. A file may itself be a member of a zip
 archive, as the released 345M models of Megatron-LM are.
 """
@@ -34,8 +34,8 @@ from typing import Any, BinaryIO, Self
 
 import torch
 
-from megatron.checkpoint.archive_pickle import TensorFound, Unknown, read_pickle
-from megatron.checkpoint.pickle_record import RefusedError, StorageView
+from megatron.checkpoint.archive.pickles import TensorFound, Unknown, read_pickle
+from megatron.checkpoint.archive.record import RefusedError, StorageView
 from megatron.errors import CheckpointError
 
 __all__ = ["LazyArchive", "LazyTensor", "Unknown"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.hf_models import (
+from megatron.checkpoint.hugging_face.models import (
     ARCHITECTURES,
     architecture_for,
     entries,
@@ -17,7 +17,7 @@ from megatron.checkpoint.hf_models import (
 )
 from megatron.config import ModelConfig
 from megatron.errors import CheckpointError
-from tests.checkpoint.hf_support import assert_map_is_complete, theirs_randomised
+from tests.checkpoint.hugging_face.support import assert_map_is_complete, theirs_randomised
 
 CLASSES = {
     architecture.model_type: architecture.class_name for architecture in ARCHITECTURES.values()

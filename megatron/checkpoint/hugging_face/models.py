@@ -16,11 +16,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron.checkpoint.hf_architecture import Architecture
-from megatron.checkpoint.hf_bert import BertArchitecture, MegatronBertArchitecture
-from megatron.checkpoint.hf_gpt2 import GPT2Architecture
-from megatron.checkpoint.hf_llama import LlamaArchitecture
-from megatron.checkpoint.hf_t5 import T5Architecture
+from megatron.checkpoint.hugging_face.architecture import Architecture
+from megatron.checkpoint.hugging_face.bert import BertArchitecture, MegatronBertArchitecture
+from megatron.checkpoint.hugging_face.gpt2 import GPT2Architecture
+from megatron.checkpoint.hugging_face.llama import LlamaArchitecture
+from megatron.checkpoint.hugging_face.t5 import T5Architecture
 from megatron.checkpoint.name_map import Entry, OurTensors, Shape
 from megatron.checkpoint.tensor_source import TensorSource
 from megatron.config import ModelConfig

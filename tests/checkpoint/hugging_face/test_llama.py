@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.hf_models import (
+from megatron.checkpoint.hugging_face.models import (
     ARCHITECTURES,
     hugging_face_config,
     is_ignorable,
@@ -15,7 +15,7 @@ from megatron.checkpoint.hf_models import (
 )
 from megatron.config import ModelConfig
 from megatron.errors import CheckpointError
-from tests.checkpoint.hf_support import (
+from tests.checkpoint.hugging_face.support import (
     TOLERANCE,
     assert_map_is_complete,
     difference,

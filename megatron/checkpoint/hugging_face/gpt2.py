@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron.checkpoint.hf_architecture import (
+from megatron.checkpoint.hugging_face.architecture import (
     Architecture,
     Fields,
     has_usual_scale,

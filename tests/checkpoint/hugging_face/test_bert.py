@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.hf_bert import bert_entries
-from megatron.checkpoint.hf_models import (
+from megatron.checkpoint.hugging_face.bert import bert_entries
+from megatron.checkpoint.hugging_face.models import (
     ARCHITECTURES,
     hugging_face_config,
     model_config_of,
@@ -18,7 +18,7 @@ from megatron.checkpoint.hf_models import (
 from megatron.checkpoint.name_map import to_ours, to_theirs
 from megatron.config import ModelConfig
 from megatron.errors import CheckpointError
-from tests.checkpoint.hf_support import (
+from tests.checkpoint.hugging_face.support import (
     LENGTH,
     TOLERANCE,
     DictSource,

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron.checkpoint.hf_export import write_hugging_face
-from megatron.checkpoint.hf_models import open_hugging_face
+from megatron.checkpoint.hugging_face.export import write_hugging_face
+from megatron.checkpoint.hugging_face.models import open_hugging_face
 from megatron.config import ModelConfig
 from megatron.errors import CheckpointError
-from tests.checkpoint.hf_support import (
+from tests.checkpoint.hugging_face.support import (
     LENGTH,
     TOLERANCE,
     DictSource,

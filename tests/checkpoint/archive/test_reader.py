@@ -19,7 +19,7 @@ import torch
 
 from megatron.checkpoint.archive import LazyArchive
 from megatron.errors import CheckpointError
-from tests.checkpoint.archive_support import (
+from tests.checkpoint.archive.support import (
     FORMATS,
     Call,
     Persistent,

@@ -1,6 +1,6 @@
 """The pickle inside a `torch.save` file: tensors and plain values of it, and nothing else.
 
-`pickle_record` notes what the pickle asks for. For every name in `_MAKERS` it is known here what
+`record` notes what the pickle asks for. For every name in `_MAKERS` it is known here what
 may have been noted with it, and which value that stands for; all else is refused by name.
 
 Enumerations of Megatron-LM, which saved arguments hold, and its loss scaler become `Unknown`: their
@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import torch
 
-from megatron.checkpoint.pickle_record import (
+from megatron.checkpoint.archive.record import (
     Call,
     Name,
     RefusedError,

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from megatron.checkpoint.hf_models import entries, open_hugging_face
+from megatron.checkpoint.hugging_face.models import entries, open_hugging_face
 from megatron.checkpoint.name_map import to_ours, to_theirs
 from megatron.checkpoint.tensor_source import TensorSource
 from megatron.config import (

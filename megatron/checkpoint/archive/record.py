@@ -3,7 +3,7 @@
 A pickle is a program: it names classes and functions and has them called. Here whatever it names
 becomes a class of no ability, made for this name alone. Calling that notes the arguments, and what
 is done to the result, such as setting items or a state, is noted as well. No foreign code runs, and
-a name that is not allowed ends it. `archive_pickle` makes values of the record.
+a name that is not allowed ends it. `pickles` makes values of the record.
 """
 
 from __future__ import annotations

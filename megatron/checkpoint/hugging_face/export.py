@@ -2,7 +2,7 @@
 
     model.safetensors        weights, or several such files and an index
     config.json              the architecture, with the true vocabulary size, epsilon and activation
-    tokenizer files          see `hf_tokenizer`
+    tokenizer files          see `tokenizer`
 
 The weights pass through memory one tensor at a time.
 """
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from megatron.checkpoint.hf_architecture import Written
-from megatron.checkpoint.hf_models import architecture_for, hugging_face_config
-from megatron.checkpoint.hf_tokenizer import special_token_ids, write_tokenizer
+from megatron.checkpoint.hugging_face.architecture import Written
+from megatron.checkpoint.hugging_face.models import architecture_for, hugging_face_config
+from megatron.checkpoint.hugging_face.tokenizer import special_token_ids, write_tokenizer
 from megatron.checkpoint.safetensors_writer import TensorPlan, write_safetensors
 from megatron.checkpoint.tensor_source import TensorSource
 from megatron.config import ModelConfig

@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
-from megatron.checkpoint.hf_architecture import (
+from megatron.checkpoint.hugging_face.architecture import (
     Architecture,
     Fields,
     Found,

@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron.checkpoint.hf_tokenizer import find_tokenizer, special_token_ids, write_tokenizer
+from megatron.checkpoint.hugging_face.tokenizer import (
+    find_tokenizer,
+    special_token_ids,
+    write_tokenizer,
+)
 from megatron.config import ModelConfig
 from megatron.errors import CheckpointError
 from megatron.tokenizer import Tokenizer, load_byte_level, load_sentence_piece, load_wordpiece

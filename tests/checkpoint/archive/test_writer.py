@@ -16,8 +16,8 @@ import pytest
 import torch
 
 from megatron.checkpoint.archive import LazyArchive, LazyTensor
-from megatron.checkpoint.archive_writer import DeferredTensor, write_archive
-from tests.checkpoint.archive_support import Trees, assert_equal, read_all
+from megatron.checkpoint.archive.writer import DeferredTensor, write_archive
+from tests.checkpoint.archive.support import Trees, assert_equal, read_all
 
 
 def deferred(tree: Any, made: list[torch.Tensor]) -> Any:
