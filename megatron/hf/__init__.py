@@ -23,6 +23,7 @@ from megatron.hf.bert import (
     BertPreTrainedModel,
 )
 from megatron.hf.configuration import BertConfig, MegatronBertConfig, PretrainedConfig
+from megatron.hf.fine_tuning import FineTuner
 from megatron.hf.megatron_bert import (
     MegatronBertForCausalLM,
     MegatronBertForMaskedLM,
@@ -79,6 +80,7 @@ __all__ = [
     "BertTokenizer",
     "BertTokenizerFast",
     "CausalLMOutputWithCrossAttentions",
+    "FineTuner",
     "MaskedLMOutput",
     "MegatronBertConfig",
     "MegatronBertForCausalLM",
