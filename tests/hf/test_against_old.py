@@ -11,6 +11,8 @@ from tests.hf.old.cases import CLASSES
 from tests.hf.old.compare import check, disagreements
 from tests.hf.old.fixture import case_directory, case_names
 
+pytest.importorskip("safetensors")
+
 
 def test_every_class_is_in_the_fixture() -> None:
     assert {name.split("-")[1] for name in case_names()} == set(CLASSES)

@@ -13,6 +13,8 @@ from tests.distributed import run_distributed
 from tests.hf.old.compare import check, disagreements
 from tests.hf.old.fixture import case_directory, case_names
 
+pytest.importorskip("safetensors")
+
 LAYOUTS = [(2, 1), (1, 2), (2, 2)]
 
 
