@@ -9,13 +9,14 @@ size, t tensor size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 import torch
 
+from megatron.hf.inputs import Cache, Inputs, for_all_heads
 from megatron.hf.outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
 from megatron.hf.pretrained import PreTrainedModel
 from megatron.hf.relay import (
@@ -27,58 +28,14 @@ from megatron.hf.relay import (
     shared_input,
     spread,
 )
+from megatron.hf.results import Results, joined
 from megatron.model.enums import LayerType
 from megatron.model.language_model import TransformerLanguageModel
-from megatron.model.module import conversion_helper
 from megatron.model.probe import Extras, Record
 from megatron.mpu.collectives import broadcast
 from megatron.ops.attention import AttentionMask
 
 Named = Mapping[str, torch.Tensor | None]
-Cache = Sequence[tuple[torch.Tensor, ...]]
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What the documented `forward` is given, under the documented names."""
-
-    input_ids: torch.Tensor | None = None  # i64[b, s]
-    attention_mask: torch.Tensor | None = None  # [b, z] or [b, s, z], 1 for what may be seen
-    token_type_ids: torch.Tensor | None = None  # i64[b, s]
-    position_ids: torch.Tensor | None = None  # i64[b, s] or i64[1, s]
-    head_mask: torch.Tensor | None = None  # [n] or [layers, n], 1 for heads that are kept
-    inputs_embeds: torch.Tensor | None = None  # [b, s, h]
-    encoder_hidden_states: torch.Tensor | None = None  # [b, z, h]
-    encoder_attention_mask: torch.Tensor | None = None  # [b, z] or [b, s, z]
-    past_key_values: Cache | None = None  # of each layer 2 or 4 x [b, n, z, d]
-    use_cache: bool | None = None
-    output_attentions: bool | None = None
-    output_hidden_states: bool | None = None
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(b, s); raises ValueError unless there are either ids or embeddings."""
-        if (self.input_ids is None) == (self.inputs_embeds is None):
-            found = "neither" if self.input_ids is None else "both"
-            raise ValueError(f"expected either input_ids or inputs_embeds, found {found}")
-        given = self.inputs_embeds if self.input_ids is None else self.input_ids
-        assert given is not None
-        return given.size(0), given.size(1)
-
-    @property
-    def shared(self) -> list[torch.Tensor]:
-        """What every stage is given, and backward has to come by on each.
-
-        Of a cache one tensor stands for all, since one pass through the stages has made it.
-        """
-        cached = [part for cache in self.past_key_values or () for part in cache]
-        given = (self.inputs_embeds, self.encoder_hidden_states, *cached[:1])
-        return [each for each in given if each is not None]
-
-    @property
-    def past_length(self) -> int:
-        """Positions that the cache already holds."""
-        return 0 if not self.past_key_values else self.past_key_values[0][0].size(2)
 
 
 class Top(NamedTuple):
@@ -98,9 +55,8 @@ class Backbone(PreTrainedModel):
         add_pooling_layer: whether the first token's hidden state is pooled.
     """
 
-    # What tells the families apart.
-    pads_gradient = True  # whether the padding token's embedding gets no gradient from its look-up
-    cross_distances = False  # whether cross attention, too, has vectors for distances
+    # Whether cross attention, too, has vectors for distances; in this the families differ.
+    cross_distances = False
 
     def __init__(self, config: Any, add_pooling_layer: bool = True, **options: Any) -> None:
         super().__init__(config, **options)
@@ -117,7 +73,7 @@ class Backbone(PreTrainedModel):
             post_process=self.stage.is_last,
             layer_type=LayerType.decoder if crosses else LayerType.encoder,
             cross_distances=self.cross_distances and self.native_config.model.has_distances,
-            padding_idx=config.pad_token_id if self.pads_gradient else None,
+            padding_idx=config.pad_token_id,
         )
         self.add_pooling_layer = add_pooling_layer
         self._forwards = 0
@@ -177,7 +133,7 @@ class Backbone(PreTrainedModel):
         """
         if return_dict is None:
             return_dict = self.config.use_return_dict
-        self._check(inputs)
+        inputs.check(self.config)
         record = self._record(inputs)
         if self._alone:
             stream = self._run_stage(inputs, record)
@@ -189,14 +145,14 @@ class Backbone(PreTrainedModel):
             top = self._run_stage(inputs, record)
             named = dict(head(top)) if isinstance(top, Top) else {}
             sent = None if isinstance(top, Top) else self._send(top, inputs)
-        own = _Results(named, *self._shown(record))
+        own = Results(named, *self._shown(record))
         results = [own] if self.state.pipeline.size == 1 else self._spread(own, sent)
         made = dict(results[-1].named)
         looked_into = {
-            "past_key_values": _joined(result.caches for result in results),
-            "hidden_states": _joined(result.hidden_states for result in results),
-            "attentions": _joined(result.attentions for result in results),
-            "cross_attentions": _joined(result.cross_attentions for result in results),
+            "past_key_values": joined(result.caches for result in results),
+            "hidden_states": joined(result.hidden_states for result in results),
+            "attentions": joined(result.attentions for result in results),
+            "cross_attentions": joined(result.cross_attentions for result in results),
         }
         if not return_dict:
             base = output_class is BaseModelOutputWithPoolingAndCrossAttentions
@@ -261,15 +217,14 @@ class Backbone(PreTrainedModel):
         """The last stage's top; of another stage the stream [s, b, h]."""
         b, s = inputs.shape
         extras = self._extras(inputs, record)
-        mask = self._mask(self._seen(inputs))
+        mask = self._mask(inputs.seen(is_decoder=self.config.is_decoder))
         ids = inputs.input_ids
         if ids is None:
-            assert inputs.inputs_embeds is not None
-            ids = torch.zeros((b, s), dtype=torch.int64, device=inputs.inputs_embeds.device)
+            ids = torch.zeros((b, s), dtype=torch.int64, device=inputs.device)
         self._set_recomputation()
         hidden = self.language_model(
             ids,
-            self._position_ids(inputs),
+            inputs.positions,
             mask,
             tokentype_ids=inputs.token_type_ids,
             extras=extras,
@@ -280,34 +235,13 @@ class Backbone(PreTrainedModel):
             record.hidden_states.append(hidden.stream)
         return Top(hidden.stream.transpose(0, 1), hidden.pooled)
 
-    def _check(self, inputs: Inputs) -> None:
-        """Raise ValueError for what the model cannot be given."""
-        config, length = self.config, inputs.shape[1] + inputs.past_length
-        crosses = config.is_decoder and inputs.encoder_hidden_states is not None
-        if crosses and not config.add_cross_attention:
-            raise ValueError(
-                "encoder_hidden_states were given, but the model has no cross attention: "
-                "expected a config with add_cross_attention=True"
-            )
-        if inputs.position_ids is None and length > config.max_position_embeddings:
-            raise ValueError(
-                f"{length} positions were given, more than "
-                f"max_position_embeddings {config.max_position_embeddings}"
-            )
-        past = inputs.past_key_values
-        if past and len(past) != config.num_hidden_layers:
-            raise ValueError(
-                f"past_key_values are those of {len(past)} layers, "
-                f"expected num_hidden_layers {config.num_hidden_layers}"
-            )
-
     def _extras(self, inputs: Inputs, record: Record) -> Extras:
         extras: dict[str, Any] = {}
         output = inputs.encoder_hidden_states
         if self.config.add_cross_attention and output is not None:
             extras["encoder_output"] = output.transpose(0, 1).to(self.dtype)
             mask = inputs.encoder_attention_mask
-            extras["encoder_mask"] = self._mask(None if mask is None else _for_all_heads(mask))
+            extras["encoder_mask"] = self._mask(None if mask is None else for_all_heads(mask))
         return Extras(
             inputs_embeds=inputs.inputs_embeds,
             head_masks=self._head_masks(inputs.head_mask),
@@ -315,16 +249,6 @@ class Backbone(PreTrainedModel):
             record=record,
             **extras,
         )
-
-    def _seen(self, inputs: Inputs) -> torch.Tensor | None:
-        """1 for what may be seen, 0 for what may not, broadcast to [b, n, s, z]; None for all 1."""
-        mask = inputs.attention_mask
-        if not self.config.is_decoder or (mask is not None and mask.dim() == 3):
-            return None if mask is None else _for_all_heads(mask)
-        _, s = inputs.shape
-        z = s + inputs.past_length
-        not_ahead = torch.ones((s, z), device=self.device).tril(inputs.past_length)[None, None]
-        return not_ahead if mask is None else not_ahead * _for_all_heads(mask)
 
     def _mask(self, seen: torch.Tensor | None) -> AttentionMask:
         """What is not seen gets the least number of the format added to its score.
@@ -336,13 +260,6 @@ class Backbone(PreTrainedModel):
             return AttentionMask()
         bias = (1.0 - seen.to(self.dtype)) * torch.finfo(self.dtype).min
         return AttentionMask(bias=bias, hides_all=bool((bias.amax(-1) < 0).any()))
-
-    def _position_ids(self, inputs: Inputs) -> torch.Tensor | None:
-        """i64[b or 1, s]; None where positions count from 0."""
-        past = inputs.past_length
-        if inputs.position_ids is not None or not past:
-            return inputs.position_ids
-        return torch.arange(past, past + inputs.shape[1], device=self.device).unsqueeze(0)
 
     def _head_masks(self, given: torch.Tensor | None) -> torch.Tensor | None:
         """[n] or [layers, n] -> [layers, 1, n / t, 1, 1]"""
@@ -411,13 +328,13 @@ class Backbone(PreTrainedModel):
             weights(record.cross_attentions),
         )
 
-    def _spread(self, own: _Results, sent: torch.Tensor | None) -> list[_Results]:
+    def _spread(self, own: Results, sent: torch.Tensor | None) -> list[Results]:
         """The results of all stages."""
         forms: list[Any] = [None] * self.state.pipeline.size
         tensors, form = own.flattened()
         torch.distributed.all_gather_object(forms, form, group=self.state.pipeline.group)
         stages = spread(tensors, sent, self.state, self._shared.finish)
-        return [_Results.of(*each) for each in zip(stages, forms, strict=True)]
+        return [Results.of(*each) for each in zip(stages, forms, strict=True)]
 
     def tie_output(self, copy: torch.nn.Parameter | None) -> None:
         """Have tokens scored by the word embeddings: the gradients of both ends add up.
@@ -427,56 +344,3 @@ class Backbone(PreTrainedModel):
         embedding = self.language_model.embedding
         own = None if embedding is None else embedding.word_embeddings.weight
         self._shared.tie(own if copy is None else copy)
-
-
-@dataclass(frozen=True)
-class _Results:
-    """What one stage has made: tensors, and in which places."""
-
-    named: Named
-    caches: list[tuple[torch.Tensor, ...]] | None
-    hidden_states: list[torch.Tensor] | None
-    attentions: list[torch.Tensor] | None
-    cross_attentions: list[torch.Tensor] | None
-
-    def flattened(self) -> tuple[list[torch.Tensor], Any]:
-        """All tensors, and the form that they are put back into: their numbers in their places."""
-        tensors: list[torch.Tensor] = []
-
-        def number(tensor: torch.Tensor) -> Any:
-            tensors.append(tensor)
-            return len(tensors) - 1
-
-        parts = [getattr(self, field.name) for field in fields(self)]
-        return tensors, conversion_helper(parts, number)
-
-    @classmethod
-    def of(cls, tensors: list[torch.Tensor], form: Any) -> _Results:
-        """The results with these tensors in the places of a form."""
-        return cls(*(_filled(part, tensors) for part in form))
-
-
-def _filled(form: Any, tensors: list[torch.Tensor]) -> Any:
-    if isinstance(form, int):
-        return tensors[form]
-    if isinstance(form, dict):
-        return {key: _filled(part, tensors) for key, part in form.items()}
-    if isinstance(form, list | tuple):
-        return type(form)(_filled(part, tensors) for part in form)
-    return form
-
-
-def _joined(parts: Iterator[list[Any] | None]) -> tuple[Any, ...] | None:
-    """The stages' parts, one behind the other; None where nothing was asked for."""
-    together = [part for part in parts if part is not None]
-    return tuple(item for part in together for item in part) if together else None
-
-
-def _for_all_heads(mask: torch.Tensor) -> torch.Tensor:
-    """[b, z] or [b, s, z] -> [b, 1, 1 or s, z]"""
-    if mask.dim() not in (2, 3):
-        raise ValueError(
-            f"a mask has the shape {tuple(mask.shape)}, "
-            "expected (batch, sequence) or (batch, from sequence, to sequence)"
-        )
-    return mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]

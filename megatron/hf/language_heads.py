@@ -15,9 +15,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from megatron.hf.backbone import Inputs, Top
+from megatron.hf.backbone import Top
 from megatron.hf.configuration import BertFamilyConfig
 from megatron.hf.heads import HeadedModel, label_loss, logger, next_token_loss
+from megatron.hf.inputs import Inputs
 from megatron.hf.outputs import (
     CausalLMOutputWithCrossAttentions,
     MaskedLMOutput,

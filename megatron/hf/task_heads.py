@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from megatron.errors import ConfigError
-from megatron.hf.backbone import Inputs, Top
+from megatron.hf.backbone import Top
 from megatron.hf.configuration import BertFamilyConfig
 from megatron.hf.heads import (
     HeadedModel,
@@ -17,6 +17,7 @@ from megatron.hf.heads import (
     sequence_loss,
     span_loss,
 )
+from megatron.hf.inputs import Inputs
 from megatron.hf.outputs import (
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
