@@ -353,6 +353,10 @@ MISTAKES: list[tuple[dict[str, Any], int, str]] = [
         "--swiglu and --activation relu exclude each other",
     ),
     ({"fp32_residual_connection": True}, 1, "--fp32-residual-connection needs --fp16 or --bf16"),
+    ({"profile_steps": "3"}, 1, "--profile-steps 3: expected A:B with iterations 1 <= A <= B"),
+    ({"profile_steps": "3:2"}, 1, "--profile-steps 3:2: expected A:B"),
+    ({"profile_steps": "0:2"}, 1, "--profile-steps 0:2: expected A:B"),
+    ({"profile_steps": "11:12"}, 1, "--profile-steps 11:12 begins behind the last iteration"),
     # Layouts
     (
         {

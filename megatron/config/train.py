@@ -68,6 +68,12 @@ class TrainConfig:
         "iterations between lines on the console", default=100, bounds="[1, inf)", topic="Logging"
     )
     log_params_norm: bool = flag("log the norm of the parameters", default=False)
+    profile_steps: str | None = flag(
+        "profile the iterations A to B: of each rank a trace and a table of its operators",
+        default=None,
+        metavar="A:B",
+    )
+    profile_dir: str = flag("directory of the profile", default="profile", metavar="DIR")
     metrics_file: str | None = flag(
         "file to append a JSON object to for each report and each evaluation; lines of iterations "
         "that are done again go to FILE.old",
@@ -84,6 +90,11 @@ class TrainConfig:
         "TensorBoard records held back before writing", default=1000, bounds="[1, inf)"
     )
 
+    @property
+    def profiled_iterations(self) -> range:
+        """The iterations to profile, none by default."""
+        return range(0) if self.profile_steps is None else iterations_between(self.profile_steps)
+
     def global_batch(self, data_parallel_size: int) -> int:
         """Samples of one step over all ranks."""
         return self.global_batch_size or self.micro_batch_size * data_parallel_size
@@ -99,3 +110,13 @@ class TrainConfig:
                 f"data-parallel size {data_parallel_size} = {samples}"
             )
         return global_batch // samples
+
+
+def iterations_between(ends: str) -> range:
+    """What A:B names, both ends included; raises ConfigError where it names nothing."""
+    words = ends.split(":")
+    if len(words) == 2 and all(word.isascii() and word.isdigit() for word in words):
+        first, last = map(int, words)
+        if 1 <= first <= last:
+            return range(first, last + 1)
+    raise ConfigError(f"--profile-steps {ends}: expected A:B with iterations 1 <= A <= B")

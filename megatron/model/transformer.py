@@ -22,6 +22,7 @@ from megatron.model.enums import LayerType
 from megatron.model.mlp import ParallelMLP
 from megatron.model.probe import Extras, Probe
 from megatron.model.residual import Norm, StreamDropout
+from megatron.monitor import annotated
 from megatron.mpu import ParallelState, recompute
 from megatron.ops.attention import AttentionMask
 from megatron.ops.rotary import Rotation
@@ -214,9 +215,13 @@ class ParallelTransformer(nn.Module):
             for run in self.recomputed:
                 x = self._run_recomputed(run, x, context)
                 done = run.stop
-        for layer in self.layers[done:]:
-            x = layer(x, context)
+        for place in range(done, len(self.layers)):
+            x = self._layer(place, x, context)
         return x
+
+    def _layer(self, place: int, x: torch.Tensor, context: Context) -> torch.Tensor:
+        with annotated("layer", self.numbers[place]):
+            return self.layers[place](x, context)
 
     def _run_probed(self, x: torch.Tensor, context: Context, extras: Extras) -> torch.Tensor:
         """One layer after the other, holding everything, for those who look inside."""
@@ -231,8 +236,8 @@ class ParallelTransformer(nn.Module):
     def _run_recomputed(self, run: range, x: torch.Tensor, context: Context) -> torch.Tensor:
         def part(x: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
             own = context.holding(*tensors)
-            for number in run:
-                x = self.layers[number](x, own)
+            for place in run:
+                x = self._layer(place, x, own)
             return x
 
         split_axis = self.state.tensor if self.stores_split else None

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megatron.monitor.timers import Timers
+from megatron.monitor import Timers, annotated
 from megatron.mpu.deferral import DeferredGradients, defer_weight_gradients
 from megatron.mpu.parallel_state import ParallelState
 from megatron.pipeline.actions import Action, Kind, Schedule, validate
@@ -279,14 +279,16 @@ class _Work:
 
     def compute(self, action: Action, received: torch.Tensor | None) -> torch.Tensor | None:
         """Run an action on what it has received; returns what to send."""
-        match action.kind:
-            case Kind.FORWARD:
-                return self._forward(action, received)
-            case Kind.BACKWARD:
-                return self._backward(action, received)
-            case Kind.WEIGHT:
-                self._deferred.pop(action).compute()
-                return None
+        what = f" micro-batch {action.micro_batch} {action.kind.name.lower()}"
+        with annotated("stage", action.stage, what):
+            match action.kind:
+                case Kind.FORWARD:
+                    return self._forward(action, received)
+                case Kind.BACKWARD:
+                    return self._backward(action, received)
+                case Kind.WEIGHT:
+                    self._deferred.pop(action).compute()
+                    return None
 
     def _forward(self, action: Action, received: torch.Tensor | None) -> torch.Tensor | None:
         """Run a chunk on its input; returns the activation to send."""

@@ -13,14 +13,15 @@ ends with the very weights of a run that was not.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from megatron.config import Config
 from megatron.data import split_documents
 from megatron.data.loader import SampleDataset
 from megatron.errors import ConfigError
+from megatron.monitor import StepProfiler
 from megatron.mpu import ParallelState
 from megatron.training import checkpoints
 from megatron.training.batches import evaluation_batches, training_batches
@@ -100,13 +101,33 @@ def _train(trainer: Trainer, datasets: Datasets, reporter: Reporter) -> str | No
     ]
     stopping = Stopping(train, trainer.state)
     reason = None
-    for step in trainer.steps(training_batches(trainer, datasets.train)):
-        for hook in hooks:
-            hook(step)
-        if reason := stopping(step.iteration):
-            break
+    with _profiling(trainer, reporter) as profiled:
+        for step in trainer.steps(training_batches(trainer, datasets.train)):
+            for hook in (profiled, *hooks):
+                hook(step)
+            if reason := stopping(step.iteration):
+                break
     saver.save()
     return reason
+
+
+@contextmanager
+def _profiling(trainer: Trainer, reporter: Reporter) -> Iterator[Hook]:
+    """Profiles the iterations that --profile-steps names, and says where it is written."""
+    train, state = trainer.config.train, trainer.state
+    directory = Path(train.profile_dir)
+    profiler = StepProfiler(train.profiled_iterations, directory, state.rank, state.device)
+
+    def hook(step: Step) -> None:
+        if profiler.end(step.iteration):
+            reporter.say(f"profile of iterations {train.profile_steps} in {train.profile_dir}")
+        profiler.begin(step.iteration + 1)
+
+    profiler.begin(trainer.iteration + 1)
+    try:
+        yield hook
+    finally:
+        profiler.close()
 
 
 class _Saver:

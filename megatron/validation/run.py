@@ -2,6 +2,7 @@
 
 import math
 
+from megatron.config.train import iterations_between
 from megatron.errors import ConfigError
 from megatron.validation.checks import Checks, exclude_each_other
 
@@ -103,6 +104,18 @@ def one_source_of_the_schedule(
         ("--override-lr-scheduler", override_lr_scheduler),
         ("--use-checkpoint-lr-scheduler", use_checkpoint_lr_scheduler),
     )
+
+
+@checks.add
+def profiled_iterations_are_of_the_run(profile_steps: str | None, train_iters: int | None) -> None:
+    if profile_steps is None:
+        return
+    first = iterations_between(profile_steps).start
+    if train_iters is not None and first > train_iters:
+        raise ConfigError(
+            f"--profile-steps {profile_steps} begins behind the last iteration, "
+            f"--train-iters {train_iters}"
+        )
 
 
 @checks.add

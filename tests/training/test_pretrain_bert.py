@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -185,3 +186,19 @@ def test_a_directory_without_a_checkpoint_is_named(
 ) -> None:
     assert command(corpus.flags(load=tmp_path)) == 1
     assert command.err == f"error: --load {tmp_path}: there is no checkpoint\n"
+
+
+def test_a_profile_names_stages_micro_batches_and_layers(
+    command: Command, corpus: Corpus, tmp_path: Path
+) -> None:
+    directory = tmp_path / "profile"
+    flags = corpus.flags(profile_steps="2:3", profile_dir=directory, train_iters=4)
+    assert command(flags) == 0, command.err
+    assert f"profile of iterations 2:3 in {directory}" in command.out
+    events = json.loads((directory / "rank0.json").read_text())["traceEvents"]
+    names = [event["name"] for event in events if event.get("ph") == "X"]
+    ranges = Counter(name for name in names if name.startswith(("stage ", "layer ")))
+    assert ranges["stage 0 micro-batch 0 forward"] == 2
+    assert ranges["stage 0 micro-batch 0 backward"] == 2
+    micro_batches = sum("forward" in name for name in ranges)
+    assert ranges["layer 0"] == ranges["layer 1"] == 2 * micro_batches
