@@ -46,8 +46,7 @@ def draw_case(draw: random.Random, model_class: str | None = None, *, small: boo
     if head in ("Model", "ForCausalLM") and config.get("is_decoder") and draw.random() < 0.5:
         calls[0].pop("labels", None)
         calls[0]["use_cache"] = True
-        # With relative positions every new token counts as the last one there.
-        new = draw.choice([1, 1, 2, 3]) if config["position_embedding_type"] == "absolute" else 1
+        new = draw.choice([1, 1, 2, 3])
         calls.append(_call(draw, head, config, (size[0], new), states, past=size[1]))
     chunks = [n for n in (2, 3, 4) if all(length(call) % n == 0 for call in calls)]
     if chunks and draw.random() < 0.3:
