@@ -15,6 +15,7 @@ docs/conversion.md says what converts to what.
 import argparse
 import importlib.util
 import json
+import math
 import shutil
 import sys
 from collections.abc import Callable
@@ -143,7 +144,7 @@ def _check_direction(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) is not None and chosen not in formats:
             option = "--to" if side == "target" else "--from"
             problems.append(f"{_flag(name)} has no meaning with {option} {chosen}")
-    if arguments.max_shard_gb is not None and arguments.max_shard_gb <= 0:
+    if arguments.max_shard_gb is not None and not 0 < arguments.max_shard_gb < math.inf:
         problems.append(f"--max-shard-gb: found {arguments.max_shard_gb}, expected more than 0")
     given = [name for name in TOKENIZER_FLAGS if getattr(arguments, name) is not None]
     if given and arguments.tokenizer_type is None:

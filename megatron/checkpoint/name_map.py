@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Protocol
 
 import torch
@@ -222,9 +222,19 @@ class OurTensors:
 
     @cached_property
     def dtypes(self) -> Mapping[str, torch.dtype]:
-        """The type of each tensor; of one that is made of several, the first's."""
+        """The type of each tensor; of one that is made of several, what holds all their values."""
         theirs = self._source.dtypes
-        return {name: theirs[entry.theirs[0]] for name, entry in self._entries.items()}
+        return {
+            name: reduce(torch.promote_types, (theirs[part] for part in entry.theirs))
+            for name, entry in self._entries.items()
+        }
+
+    def expect_floating(self) -> None:
+        """Raise CheckpointError where values are whole numbers, codes perhaps of others."""
+        for name, dtype in self.dtypes.items():
+            if not dtype.is_floating_point:
+                theirs = self._entries[name].theirs[0]
+                raise CheckpointError(f"{theirs} is of {dtype}, expected a floating type")
 
     def read(self, name: str) -> torch.Tensor:
         """One whole tensor, in this process' memory."""

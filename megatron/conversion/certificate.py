@@ -29,7 +29,7 @@ from megatron.conversion.network import (
     Outputs,
     run_network,
 )
-from megatron.conversion.stock import architecture, run_stock
+from megatron.conversion.stock import run_stock
 from megatron.conversion.stored_model import StoredModel
 from megatron.errors import CheckpointError
 
@@ -76,7 +76,7 @@ class Side:
         """The outputs of the model as it lies on disk."""
         stored = self.stored
         if self.stock:
-            outputs = run_stock(stored.path, stored.source, inputs)
+            outputs = run_stock(stored.path, stored.facts["architecture"], stored.source, inputs)
             size = stored.model.vocab_size
             tokens = (MASKED_LM, NEXT_TOKEN)
             return {name: v[..., :size] if name in tokens else v for name, v in outputs.items()}
@@ -206,6 +206,9 @@ def _differing(
         there, here = getattr(source.model, attribute), getattr(target.model, attribute)
         if field.name not in _FREE_FIELDS and there != here:
             yield f"{field.name} is {there} in the source and {here} in the target"
+    classes = [side.facts.get("architecture") for side in (source, target)]
+    if None not in classes and classes[0] != classes[1]:
+        yield f"the source is a {classes[0]} and the target a {classes[1]}"
     for one, other, says in (
         (source, target, "is not in the target"),
         (target, source, "is not in the source"),
@@ -235,5 +238,5 @@ def _architecture(source: Side, target: Side) -> str:
     """The class of `transformers` that either side is for, or the kind of our network."""
     for side in (target, source):
         if side.stored.format == "hf":
-            return architecture(side.stored.path)
+            return str(side.stored.facts["architecture"])
     return source.stored.model.model_type

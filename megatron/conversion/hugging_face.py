@@ -17,7 +17,6 @@ from typing import Any
 from megatron.checkpoint.hugging_face.export import write_hugging_face
 from megatron.checkpoint.hugging_face.files import HuggingFaceFiles
 from megatron.checkpoint.hugging_face.models import architecture_for, open_hugging_face
-from megatron.conversion.stock import architecture
 from megatron.conversion.stored_model import StoredModel, TokenizerFiles, of_dtypes
 from megatron.errors import CheckpointError
 from megatron.tokenizer import Tokenizer, load_tokenizer
@@ -56,7 +55,7 @@ def read_hugging_face(directory: Path) -> StoredModel:
         of_dtypes(opened.model, opened.tensors.dtypes.values()),
         opened.tensors,
         tokenizer=_tokenizer_of(directory),
-        facts={"architecture": architecture(directory)},
+        facts={"architecture": opened.class_name},
         notes=tuple(opened.notes),
     )
 
@@ -109,7 +108,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is missing; it says what model the directory holds")
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is damaged: expected an object")

@@ -9,8 +9,8 @@ in which to compute.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -40,49 +40,37 @@ _FIELDS = {
 }
 _LOGITS = {
     "ForMaskedLM": MASKED_LM,
+    "BertLMHeadModel": MASKED_LM,
+    "BertForCausalLM": MASKED_LM,
     "ForNextSentencePrediction": NEXT_SENTENCE,
     "LMHeadModel": NEXT_TOKEN,
     "ForCausalLM": NEXT_TOKEN,
     "ForConditionalGeneration": NEXT_TOKEN,
 }
-
-
-def architecture(directory: Path) -> str:
-    """The class that config.json names.
-
-    Raises:
-        CheckpointError: it names none, or is missing.
-    """
-    path = directory / "config.json"
-    try:
-        named = json.loads(path.read_text(encoding="utf-8")).get("architectures")
-    except (OSError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not named:
-        raise CheckpointError(f"{path} names no architecture; `architectures` has to name one")
-    return str(named[0])
+# The bias of a masked-LM head with an output layer of its own: version 4 stores it once and uses it
+# for both names, version 5 has two.
+_SECOND_BIAS = "cls.predictions.decoder.bias"
 
 
 @torch.no_grad()
-def run_stock(directory: Path, files: TensorSource, inputs: Inputs) -> Outputs:
+def run_stock(directory: Path, name: str, files: TensorSource, inputs: Inputs) -> Outputs:
     """The outputs of the model in `directory`, as `run_network` gives them.
 
-    files: its tensors under our names, of which names and types are looked at.
+    name: of its class; files: its tensors under our names, of which names and types are looked at.
 
     Raises:
-        CheckpointError: `transformers` cannot load it, or finds tensors missing or unknown.
+        CheckpointError: `transformers` cannot load or compute it, or finds tensors missing or
+            unknown.
     """
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    name = architecture(directory)
     if not hasattr(transformers, name):
         raise CheckpointError(f"transformers {transformers.__version__} has no class {name}")
-    options: dict[str, Any] = {
-        "torch_dtype": max(files.dtypes.values(), key=lambda dtype: dtype.itemsize)
-    }
-    if name.endswith("BertModel") and not any(".pooler." in key for key in files.shapes):
+    options: dict[str, Any] = {"torch_dtype": reduce(torch.promote_types, files.dtypes.values())}
+    pools = any(".pooler." in key for key in files.shapes)
+    if name.endswith("BertModel") and not pools:
         options["add_pooling_layer"] = False
     try:
         model, report = getattr(transformers, name).from_pretrained(
@@ -94,12 +82,26 @@ def run_stock(directory: Path, files: TensorSource, inputs: Inputs) -> Outputs:
             f"transformers {transformers.__version__} cannot load {directory}: {reason}"
         ) from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    unknown = {kind: sorted(map(str, report[kind])) for kind in kinds if report[kind]}
-    if unknown:
+    found = {kind: sorted(map(str, report[kind])) for kind in kinds}
+    if not pools:  # what is left out here may lie in the files
+        found["unexpected_keys"] = [k for k in found["unexpected_keys"] if ".pooler." not in k]
+    if found["missing_keys"] == [_SECOND_BIAS]:
+        head = model.cls.predictions
+        head.decoder.bias = head.bias
+        found["missing_keys"] = []
+    if any(found.values()):
+        unknown = {kind: keys for kind, keys in found.items() if keys}
         raise CheckpointError(
             f"{name} of transformers {transformers.__version__} finds in {directory} {unknown}"
         )
-    return _run(model.eval(), inputs)
+    try:
+        return _run(model.eval(), inputs)
+    except Exception as error:  # labels that are too many, for instance
+        reason = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{name} of transformers {transformers.__version__} cannot compute {directory}: "
+            f"{reason}"
+        ) from error
 
 
 def _run(model: Any, inputs: Inputs) -> Outputs:

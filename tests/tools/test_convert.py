@@ -9,6 +9,7 @@ import math
 import random
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -37,6 +38,9 @@ from tests.training.command import Command
 from tests.training.corpus import write_corpus
 
 transformers = pytest.importorskip("transformers")
+load_file, save_file = (
+    getattr(pytest.importorskip("safetensors.torch"), name) for name in ("load_file", "save_file")
+)
 
 TOOL = Path(__file__).parents[2] / "tools" / "convert_checkpoint.py"
 STATE = ParallelState.single()
@@ -402,6 +406,116 @@ def test_models_without_pretraining_heads(
     assert_same_tensors(HuggingFaceFiles(back), HuggingFaceFiles(tmp_path / "theirs"))
 
 
+def edit_config(directory: Path, **fields: Any) -> None:
+    path = directory / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def edit_weights(directory: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("named", ["BertForMaskedLM", None])
+def test_a_class_that_holds_less_than_the_files(
+    tmp_path: Path, convert: Convert, named: str | None
+) -> None:
+    theirs = tmp_path / "theirs"
+    hugging_face_model("Bert").save_pretrained(theirs)
+    edit_config(theirs, architectures=named and [named])
+    native = convert("hf", "native", theirs, tmp_path / "native")
+    certificate = certificate_of(native)
+    assert certificate["architecture"] == "BertForPreTraining"
+    assert set(certificate["max_abs_logit_diff_of"]) == {"masked_lm", "next_sentence"}
+    assert any(str(named) in note for note in certificate["notes"]) == (named is not None)
+
+
+def test_a_pooler_that_the_class_does_not_use_is_left_out(tmp_path: Path, convert: Convert) -> None:
+    theirs = tmp_path / "theirs"
+    hugging_face_model("Bert", "ForQuestionAnswering").save_pretrained(theirs)
+    edit_weights(
+        theirs,
+        lambda tensors: tensors.update(
+            {
+                "bert.pooler.dense.weight": torch.ones(16, 16),
+                "bert.pooler.dense.bias": torch.ones(16),
+            }
+        ),
+    )
+    again = convert("hf", "hf", theirs, tmp_path / "again")
+    certificate = certificate_of(again)
+    assert certificate["architecture"] == "BertForQuestionAnswering"
+    assert set(certificate["max_abs_logit_diff_of"]) == {"start", "end"}
+    assert (
+        "the pooler is left out: BertForQuestionAnswering does not use it" in certificate["notes"]
+    )
+
+
+def test_a_bias_that_early_releases_store_once(tmp_path: Path, convert: Convert) -> None:
+    theirs = tmp_path / "theirs"
+    config = transformers.MegatronBertConfig(**SIZES, tie_word_embeddings=False)
+    transformers.MegatronBertForMaskedLM(config).save_pretrained(theirs)
+    edit_weights(theirs, lambda tensors: tensors["cls.predictions.bias"].normal_())
+    edit_weights(theirs, lambda tensors: tensors.pop("cls.predictions.decoder.bias", None))
+    native = convert("hf", "native", theirs, tmp_path / "native")
+    assert certificate_of(native)["max_abs_logit_diff"] < 1e-5
+
+
+def test_what_transformers_cannot_compute_is_one_line(tmp_path: Path, convert: Convert) -> None:
+    theirs = tmp_path / "theirs"
+    hugging_face_model("Bert", "ForQuestionAnswering").save_pretrained(theirs)
+    edit_config(theirs, id2label={str(n): f"LABEL_{n}" for n in range(5)})
+    edit_weights(
+        theirs,
+        lambda tensors: tensors.update(
+            {"qa_outputs.weight": torch.ones(5, 16), "qa_outputs.bias": torch.ones(5)}
+        ),
+    )
+    with pytest.raises(CheckpointError, match="BertForQuestionAnswering .* cannot compute"):
+        convert("hf", "native", theirs, tmp_path / "native")
+
+
+@pytest.mark.parametrize("target", ["native", "megatron"])
+def test_parts_of_different_types_become_one(tmp_path: Path, convert: Convert, target: str) -> None:
+    theirs = tmp_path / "theirs"
+    hugging_face_model("Llama").save_pretrained(theirs)
+
+    def mix(tensors: dict[str, torch.Tensor]) -> None:
+        for name in tensors:
+            kind = torch.float16 if ".q_proj." in name else torch.bfloat16
+            tensors[name] = tensors[name].to(kind)
+
+    edit_weights(theirs, mix)
+    converted = convert("hf", target, theirs, tmp_path / "converted")
+    (note,) = (n for n in certificate_of(converted)["notes"] if "different types" in n)
+    assert "the parts of 2 tensors" in note
+    again = HuggingFaceFiles(convert(target, "hf", converted, tmp_path / "again"))
+    for name, tensor in load_file(theirs / "model.safetensors").items():
+        assert torch.equal(again.read(name).double(), tensor.double()), name
+
+
+def test_codes_are_no_weights(tmp_path: Path, convert: Convert) -> None:
+    theirs = tmp_path / "theirs"
+    hugging_face_model("GPT2").save_pretrained(theirs)
+    edit_weights(
+        theirs, lambda tensors: tensors.update({k: t.to(torch.int8) for k, t in tensors.items()})
+    )
+    with pytest.raises(CheckpointError, match=r"is of torch\.int8, expected a floating type"):
+        convert("hf", "hf", theirs, tmp_path / "hf")
+
+
+@pytest.mark.parametrize("names", [5, [5], {"a": 1}, "GPT2LMHeadModel"])
+def test_architectures_that_are_no_list_of_names(
+    tmp_path: Path, convert: Convert, names: Any
+) -> None:
+    hugging_face_model("GPT2").save_pretrained(tmp_path / "theirs")
+    edit_config(tmp_path / "theirs", architectures=names)
+    with pytest.raises(CheckpointError, match="expected a list of names"):
+        convert("hf", "native", tmp_path / "theirs", tmp_path / "native")
+
+
 @pytest.mark.parametrize("how", [["finetune"], ["no_load_optim", "override_lr_scheduler"]])
 def test_training_goes_on_from_what_transformers_saved(
     tmp_path: Path,
@@ -505,6 +619,8 @@ def test_padding_that_nobody_knows_of_is_named(tmp_path: Path, convert: Convert)
             "--from native --to hf --max-shard-gb 0",
             "--max-shard-gb: found 0.0, expected more than 0",
         ),
+        ("--from native --to hf --max-shard-gb nan", "--max-shard-gb: found nan"),
+        ("--from native --to hf --max-shard-gb inf", "--max-shard-gb: found inf"),
         ("--from native --to native --vocab-file x", "--vocab-file needs --tokenizer-type"),
         ("--from native --to megatron --iteration x", "expected a whole number"),
         ("--from native --to megatron --release --iteration 1", "not allowed with"),

@@ -178,12 +178,14 @@ class Found:
 
     Attributes:
         model: the configuration, where the tensors say more than config.json.
+        class_name: their class that holds these tensors.
         renamed: for a name of the map, the name that the files have.
         notes: what a reader of the model should know.
     """
 
     model: ModelConfig
     entries: list[Entry]
+    class_name: str
     renamed: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
@@ -240,7 +242,8 @@ class Architecture(ABC):
         """
         refuse_quantised(hf)
         model = self.model_config_of(hf)
-        return self.checked(Found(model, self.entries(model, self._prefix_of(theirs))), theirs)
+        mapped = self.entries(model, self._prefix_of(theirs))
+        return self.checked(Found(model, mapped, named_class(hf) or self.class_name), theirs)
 
     def checked(self, found: Found, theirs: Collection[str]) -> Found:
         """`found`, after a look at what is missing or left over."""
@@ -264,6 +267,18 @@ class Architecture(ABC):
     def _notes(self, model: ModelConfig) -> Iterator[str]:
         """What their settings leave out of ours."""
         yield from ()
+
+
+def named_class(hf: Mapping[str, Any]) -> str | None:
+    """The class that config.json names, where it names one.
+
+    Raises:
+        CheckpointError: `architectures` is no list of names.
+    """
+    names = hf.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"config.json: architectures is {names!r}, expected a list of names")
+    return names[0] if names else None
 
 
 def refuse_quantised(hf: Mapping[str, Any]) -> None:

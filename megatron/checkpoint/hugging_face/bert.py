@@ -22,6 +22,7 @@ from megatron.checkpoint.hugging_face.architecture import (
     Fields,
     Found,
     Written,
+    named_class,
     refuse_quantised,
     renamed,
     require,
@@ -326,9 +327,35 @@ class _Bert(Architecture):
         heads = {head for head, (_, sign) in _SIGN_OF_HEAD.items() if sign in names}
         pooler = prefix + _POOLER in names
         model = dataclasses.replace(model, bert_no_binary_head="nsp" not in heads)
-        notes = () if "lm" in heads else ("there is no masked-LM head in these files",)
-        mapped = bert_entries(model, heads=heads, pooler=pooler, prefix=prefix)
-        return self.checked(Found(model, mapped, renamings, notes), theirs)
+        notes = [] if "lm" in heads else ["there is no masked-LM head in these files"]
+        named = named_class(hf)
+        class_name, pools = self._class_of(named, frozenset(heads), pooler)
+        if named not in (None, class_name):
+            notes.append(f"config.json names {named}; the files hold a {class_name}")
+        if pooler and not pools:
+            notes.append(f"the pooler is left out: {class_name} does not use it")
+            theirs = [name for name in theirs if not name.startswith(f"{prefix}pooler.")]
+        mapped = bert_entries(model, heads=heads, pooler=pools, prefix=prefix)
+        return self.checked(Found(model, mapped, class_name, renamings, tuple(notes)), theirs)
+
+    def _class_of(self, named: str | None, heads: frozenset[str], pooler: bool) -> tuple[str, bool]:
+        """The class with these heads, the named one where it has them, and whether it pools.
+
+        Files may hold more than their class uses: the published BERTs name BertForMaskedLM and are
+        whole, and classes that do not pool once had a pooler.
+        """
+        stem = self.class_name.removesuffix("ForPreTraining")
+        of_heads = {
+            f"{stem}{kind}": pools
+            for (known, pools), kind in sorted(_CLASSES.items(), key=lambda item: item[0][1])
+            if known == heads and pools <= pooler
+        }
+        if named in of_heads:
+            return named, of_heads[named]
+        known = {f"{stem}{kind}" for kind in _CLASSES.values()}
+        if of_heads and (named is None or named in known):
+            return list(of_heads.items())[-1]
+        return named or self.class_name, pooler
 
 
 def _current(name: str, model: ModelConfig) -> str:
@@ -347,10 +374,8 @@ def _current(name: str, model: ModelConfig) -> str:
 
 def _pools(hf: Mapping[str, Any]) -> bool:
     """Whether the class that config.json names has next-sentence prediction; where none, yes."""
-    names = hf.get("architectures") or ["ForPreTraining"]
-    return any(
-        str(name).endswith(("ForPreTraining", "ForNextSentencePrediction")) for name in names
-    )
+    name = named_class(hf) or "ForPreTraining"
+    return name.endswith(("ForPreTraining", "ForNextSentencePrediction"))
 
 
 class MegatronBertArchitecture(_Bert):

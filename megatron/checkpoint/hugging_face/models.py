@@ -9,14 +9,14 @@ t5              T5 1.0 and 1.1                             T5
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
 
-from megatron.checkpoint.hugging_face.architecture import Architecture
+from megatron.checkpoint.hugging_face.architecture import Architecture, Found
 from megatron.checkpoint.hugging_face.bert import BertArchitecture, MegatronBertArchitecture
 from megatron.checkpoint.hugging_face.gpt2 import GPT2Architecture
 from megatron.checkpoint.hugging_face.llama import LlamaArchitecture
@@ -42,10 +42,14 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model of theirs in our terms: configuration, tensors by our names, and what to know."""
+    """A model of theirs in our terms: configuration, tensors by our names, and what to know.
+
+    class_name: their class that holds these tensors.
+    """
 
     model: ModelConfig
     tensors: OurTensors
+    class_name: str
     notes: tuple[str, ...]
 
 
@@ -132,11 +136,26 @@ def open_hugging_face(hf: Mapping[str, Any], source: TensorSource) -> OpenedMode
     """The model that a config.json and the tensors beside it are.
 
     Raises:
-        CheckpointError: a field cannot be expressed; tensors are missing or not known.
+        CheckpointError: a field cannot be expressed; tensors are missing, not known, or no floating
+            numbers.
     """
     found = architecture_of(hf).found(hf, source.shapes)
-    tensors = OurTensors(found.entries, _Renamed(source, found.renamed))
-    return OpenedModel(found.model, tensors, found.notes)
+    stored = _Renamed(source, found.renamed)
+    tensors = OurTensors(found.entries, stored)
+    tensors.expect_floating()
+    return OpenedModel(
+        found.model, tensors, found.class_name, (*found.notes, *_widened(found, stored.dtypes))
+    )
+
+
+def _widened(found: Found, dtypes: Mapping[str, torch.dtype]) -> Iterator[str]:
+    """A note where parts of one of our tensors are stored in different types."""
+    mixed = [e.ours for e in found.entries if len({dtypes[name] for name in e.theirs}) > 1]
+    if mixed:
+        yield (
+            f"the parts of {len(mixed)} tensors, such as {mixed[0]}, are stored in different "
+            "types: they become one of the type that holds all their values"
+        )
 
 
 class _Renamed:

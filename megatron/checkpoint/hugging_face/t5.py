@@ -22,6 +22,7 @@ from megatron.checkpoint.hugging_face.architecture import (
     Fields,
     Found,
     Written,
+    named_class,
     refuse_quantised,
     renamed,
     require,
@@ -187,7 +188,8 @@ class T5Architecture(Architecture):
         model = self.model_config_of(hf)
         if hf.get("scale_decoder_outputs") is False and _HEAD in theirs:
             model = dataclasses.replace(model, untie_embeddings_and_output_weights=True)
-        return self.checked(Found(model, self.entries(model)), theirs)
+        class_name = named_class(hf) or self.class_name
+        return self.checked(Found(model, self.entries(model), class_name), theirs)
 
     def _notes(self, model: ModelConfig) -> Iterator[str]:
         if model.attention_dropout != model.hidden_dropout:
