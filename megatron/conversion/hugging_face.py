@@ -17,6 +17,7 @@ from typing import Any
 from megatron.checkpoint.hugging_face.export import write_hugging_face
 from megatron.checkpoint.hugging_face.files import HuggingFaceFiles
 from megatron.checkpoint.hugging_face.models import architecture_for, open_hugging_face
+from megatron.conversion.network import expect_shapes
 from megatron.conversion.stored_model import StoredModel, TokenizerFiles, of_dtypes
 from megatron.errors import CheckpointError
 from megatron.tokenizer import Tokenizer, load_tokenizer
@@ -47,6 +48,7 @@ def read_hugging_face(directory: Path) -> StoredModel:
     files = HuggingFaceFiles(directory)
     try:
         opened = open_hugging_face(settings, files)
+        expect_shapes(opened.model, opened.tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {problem}" for problem in error.problems) from error
     return StoredModel(

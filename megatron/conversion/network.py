@@ -67,6 +67,28 @@ def run_network(model: ModelConfig, source: TensorSource, inputs: Inputs) -> Out
     raise AssertionError("a network has a last stage")
 
 
+def expect_shapes(model: ModelConfig, source: TensorSource) -> None:
+    """Hold the shapes of a model's tensors against its configuration, as far as we compute it.
+
+    Raises:
+        CheckpointError: a tensor of the network is missing or of another shape.
+    """
+    config = _config(model, 1, source.shapes)
+    state = ParallelState.single("meta")
+    for stage in _stages(config.model):
+        try:
+            part = _BUILDERS[model.model_type](config, state, stage)
+        except (
+            RuntimeError,
+            OverflowError,
+            TypeError,
+        ) as error:  # sizes whose product no tensor can have
+            first = str(error).partition("\n")[0]
+            raise CheckpointError(f"no model has the stated sizes: {first}") from error
+        assert isinstance(part, MegatronModule)
+        _check(part, source)
+
+
 def _config(model: ModelConfig, length: int, names: Collection[str]) -> Config:
     own = dataclasses.replace(
         model,
@@ -105,6 +127,13 @@ def _arguments(model: ModelConfig, inputs: Inputs) -> tuple[Any, ...]:
 
 def _fill(part: MegatronModule, source: TensorSource) -> None:
     """Give a stage its parameters' values; heads whose tensors are missing are taken away."""
+    _check(part, source)
+    for name, key in _named_keys(part):
+        _assign(part, name, source.read(key).float())
+
+
+def _check(part: MegatronModule, source: TensorSource) -> None:
+    """Take away the heads whose tensors are missing; all others have to be of their shapes."""
     if part.config.model.model_type == "bert":
         for head in ("lm_head", "output_layer", "binary_head"):
             module = getattr(part, head)
@@ -117,7 +146,6 @@ def _fill(part: MegatronModule, source: TensorSource) -> None:
             raise CheckpointError(
                 f"{key} is {'missing' if found is None else found}, expected {shape}"
             )
-        _assign(part, name, source.read(key).float())
 
 
 def _empty(part: MegatronModule) -> None:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 import random
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -504,6 +505,51 @@ def test_codes_are_no_weights(tmp_path: Path, convert: Convert) -> None:
     )
     with pytest.raises(CheckpointError, match=r"is of torch\.int8, expected a floating type"):
         convert("hf", "hf", theirs, tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"vocab_size": 62}, r"word_embeddings.weight is \(61, 16\), expected \(62, 16\)"),
+        ({"vocab_size": 10**40}, "no model has the stated sizes"),
+        ({"n_layer": 10**12}, "config.json speaks of 1000000000000 layers, found 28 tensors"),
+        ({"n_positions": 11}, r"position_embeddings.weight is \(12, 16\), expected \(11, 16\)"),
+        ({"model_type": ["gpt2"]}, r"model_type is \['gpt2'\]"),
+        # Built from the sizes that its configuration has by default, it would fill the memory.
+        ({"architectures": ["LlamaForCausalLM"]}, "expected a class of gpt2, GPT2..."),
+    ],
+)
+def test_a_configuration_of_another_model(
+    tmp_path: Path, convert: Convert, fields: dict[str, Any], problem: str
+) -> None:
+    theirs = tmp_path / "theirs"
+    hugging_face_model("GPT2").save_pretrained(theirs)
+    edit_config(theirs, **fields)
+    with pytest.raises(CheckpointError, match=problem):
+        convert("hf", "native", theirs, tmp_path / "native")
+
+
+def test_labels_that_the_weights_do_not_have_are_named(tmp_path: Path, convert: Convert) -> None:
+    theirs = tmp_path / "theirs"
+    hugging_face_model("Bert", "ForTokenClassification").save_pretrained(theirs)
+    edit_config(theirs, id2label={"0": "A"}, label2id={"A": 0})
+    with pytest.raises(CheckpointError, match=r"mismatched_keys.*classifier\.weight"):
+        convert("hf", "native", theirs, tmp_path / "native")
+
+
+@pytest.mark.parametrize("target", ["native", "megatron", "hf"])
+def test_a_full_disk_is_one_line(tmp_path: Path, convert: Convert, target: str) -> None:
+    hugging_face_model("GPT2").save_pretrained(tmp_path / "theirs")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))
+    try:
+        with pytest.raises((CheckpointError, OSError)) as raised:
+            convert("hf", target, tmp_path / "theirs", tmp_path / "result")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    # Of an OSError the command makes a line where it says the file.
+    assert isinstance(raised.value, CheckpointError) or raised.value.filename
+    assert [path.name for path in tmp_path.iterdir()] == ["theirs"]
 
 
 @pytest.mark.parametrize("names", [5, [5], {"a": 1}, "GPT2LMHeadModel"])

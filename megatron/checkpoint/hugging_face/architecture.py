@@ -195,11 +195,13 @@ class Architecture(ABC):
 
     Attributes:
         model_type: its name in config.json.
+        stem: what the names of its classes begin with.
         class_name: the class that holds a language model of it.
         prefix: what the names of that class have in front of those of the bare network.
     """
 
     model_type: ClassVar[str]
+    stem: ClassVar[str]
     class_name: ClassVar[str]
     prefix: ClassVar[str]
 
@@ -243,7 +245,7 @@ class Architecture(ABC):
         refuse_quantised(hf)
         model = self.model_config_of(hf)
         mapped = self.entries(model, self._prefix_of(theirs))
-        return self.checked(Found(model, mapped, named_class(hf) or self.class_name), theirs)
+        return self.checked(Found(model, mapped, self.named_class(hf) or self.class_name), theirs)
 
     def checked(self, found: Found, theirs: Collection[str]) -> Found:
         """`found`, after a look at what is missing or left over."""
@@ -260,6 +262,24 @@ class Architecture(ABC):
             raise CheckpointError(problems)
         return found
 
+    def named_class(self, hf: Mapping[str, Any]) -> str | None:
+        """The class that config.json names, where it names one.
+
+        Raises:
+            CheckpointError: `architectures` is no list of names, or of none of this architecture.
+        """
+        names = hf.get("architectures") or []
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise CheckpointError(
+                f"config.json: architectures is {names!r}, expected a list of names"
+            )
+        if names and not names[0].startswith(self.stem):
+            raise CheckpointError(
+                f"config.json: architectures is {names!r}, expected a class of {self.model_type}, "
+                f"{self.stem}..."
+            )
+        return names[0] if names else None
+
     def _prefix_of(self, theirs: Collection[str]) -> str:
         """The prefix that names have: those of the bare network have none."""
         return self.prefix if any(name.startswith(self.prefix) for name in theirs) else ""
@@ -267,18 +287,6 @@ class Architecture(ABC):
     def _notes(self, model: ModelConfig) -> Iterator[str]:
         """What their settings leave out of ours."""
         yield from ()
-
-
-def named_class(hf: Mapping[str, Any]) -> str | None:
-    """The class that config.json names, where it names one.
-
-    Raises:
-        CheckpointError: `architectures` is no list of names.
-    """
-    names = hf.get("architectures") or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise CheckpointError(f"config.json: architectures is {names!r}, expected a list of names")
-    return names[0] if names else None
 
 
 def refuse_quantised(hf: Mapping[str, Any]) -> None:

@@ -22,7 +22,6 @@ from megatron.checkpoint.hugging_face.architecture import (
     Fields,
     Found,
     Written,
-    named_class,
     refuse_quantised,
     renamed,
     require,
@@ -296,7 +295,7 @@ class _Bert(Architecture):
         table = (model.max_position_embeddings, model.hidden_size)
         unused = f"{prefix}embeddings.position_embeddings.weight"
         return Written(
-            class_name=self.class_name.removesuffix("ForPreTraining") + kind,
+            class_name=self.stem + kind,
             entries=bert_entries(model, heads=heads, pooler=pooler, prefix=prefix),
             copies=copies,
             zeros={unused: table} if model.has_distances else {},
@@ -328,7 +327,7 @@ class _Bert(Architecture):
         pooler = prefix + _POOLER in names
         model = dataclasses.replace(model, bert_no_binary_head="nsp" not in heads)
         notes = [] if "lm" in heads else ["there is no masked-LM head in these files"]
-        named = named_class(hf)
+        named = self.named_class(hf)
         class_name, pools = self._class_of(named, frozenset(heads), pooler)
         if named not in (None, class_name):
             notes.append(f"config.json names {named}; the files hold a {class_name}")
@@ -344,15 +343,14 @@ class _Bert(Architecture):
         Files may hold more than their class uses: the published BERTs name BertForMaskedLM and are
         whole, and classes that do not pool once had a pooler.
         """
-        stem = self.class_name.removesuffix("ForPreTraining")
         of_heads = {
-            f"{stem}{kind}": pools
+            f"{self.stem}{kind}": pools
             for (known, pools), kind in sorted(_CLASSES.items(), key=lambda item: item[0][1])
             if known == heads and pools <= pooler
         }
         if named in of_heads:
             return named, of_heads[named]
-        known = {f"{stem}{kind}" for kind in _CLASSES.values()}
+        known = {f"{self.stem}{kind}" for kind in _CLASSES.values()}
         if of_heads and (named is None or named in known):
             return list(of_heads.items())[-1]
         return named or self.class_name, pooler
@@ -374,8 +372,10 @@ def _current(name: str, model: ModelConfig) -> str:
 
 def _pools(hf: Mapping[str, Any]) -> bool:
     """Whether the class that config.json names has next-sentence prediction; where none, yes."""
-    name = named_class(hf) or "ForPreTraining"
-    return name.endswith(("ForPreTraining", "ForNextSentencePrediction"))
+    names = hf.get("architectures") or ["ForPreTraining"]
+    return isinstance(names, list) and any(
+        str(name).endswith(("ForPreTraining", "ForNextSentencePrediction")) for name in names
+    )
 
 
 class MegatronBertArchitecture(_Bert):
@@ -383,6 +383,7 @@ class MegatronBertArchitecture(_Bert):
 
     model_type = "megatron-bert"
     name = "MegatronBert"
+    stem = "MegatronBert"
     class_name = "MegatronBertForPreTraining"
     norm_position = "pre"
     default_sizes: ClassVar[Mapping[str, int]] = {
@@ -399,6 +400,7 @@ class BertArchitecture(_Bert):
 
     model_type = "bert"
     name = "BERT"
+    stem = "Bert"
     class_name = "BertForPreTraining"
     norm_position = "post"
     default_sizes: ClassVar[Mapping[str, int]] = {

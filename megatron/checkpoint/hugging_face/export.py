@@ -46,7 +46,8 @@ def write_hugging_face(
         What a reader of the directory should know, a sentence each.
 
     Raises:
-        CheckpointError: tensors are missing or unknown, or the model cannot be expressed there.
+        CheckpointError: tensors are missing or unknown, the model cannot be expressed there, or
+            the disk is full.
     """
     written = architecture_for(model).to_write(model, source.shapes)
     plans = list(_plans(written, source, dtype))
@@ -59,7 +60,10 @@ def write_hugging_face(
     tensors = (
         tensor.to(plan.dtype) for plan, tensor in zip(plans, _tensors(written, source), strict=True)
     )
-    write_safetensors(directory, plans, tensors, max_bytes=max_bytes, on_bytes=on_bytes)
+    try:
+        write_safetensors(directory, plans, tensors, max_bytes=max_bytes, on_bytes=on_bytes)
+    except OSError as error:  # of a full disk, which does not say the file
+        raise CheckpointError(f"{directory} cannot be written: {error.strerror}") from error
     text = json.dumps(config | _labels(source), indent=2) + "\n"
     (directory / "config.json").write_text(text, encoding="utf-8")
     notes = list(written.notes)

@@ -61,6 +61,7 @@ class GPT2Architecture(Architecture):
     """GPT-2."""
 
     model_type = "gpt2"
+    stem = "GPT2"
     class_name = "GPT2LMHeadModel"
     prefix = "transformer."
 

@@ -51,6 +51,7 @@ class LlamaArchitecture(Architecture):
     """Llama."""
 
     model_type = "llama"
+    stem = "Llama"
     class_name = "LlamaForCausalLM"
     prefix = "model."
 

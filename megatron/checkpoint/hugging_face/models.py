@@ -60,7 +60,7 @@ def architecture_of(hf: Mapping[str, Any]) -> Architecture:
         CheckpointError: it is not known.
     """
     kind = hf.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise CheckpointError(
             f"config.json: model_type is {kind!r}, expected one of {', '.join(ARCHITECTURES)}"
         )
@@ -139,13 +139,22 @@ def open_hugging_face(hf: Mapping[str, Any], source: TensorSource) -> OpenedMode
         CheckpointError: a field cannot be expressed; tensors are missing, not known, or no floating
             numbers.
     """
-    found = architecture_of(hf).found(hf, source.shapes)
+    architecture = architecture_of(hf)
+    _expect_layers(architecture.model_config_of(hf), len(source.shapes))
+    found = architecture.found(hf, source.shapes)
     stored = _Renamed(source, found.renamed)
     tensors = OurTensors(found.entries, stored)
     tensors.expect_floating()
     return OpenedModel(
         found.model, tensors, found.class_name, (*found.notes, *_widened(found, stored.dtypes))
     )
+
+
+def _expect_layers(model: ModelConfig, tensors: int) -> None:
+    """Raise before anything is made for each of more layers than there can be."""
+    layers = model.num_layers + (model.decoder_layers if model.model_type == "t5" else 0)
+    if layers > tensors:
+        raise CheckpointError(f"config.json speaks of {layers} layers, found {tensors} tensors")
 
 
 def _widened(found: Found, dtypes: Mapping[str, torch.dtype]) -> Iterator[str]:

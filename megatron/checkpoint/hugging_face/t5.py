@@ -22,7 +22,6 @@ from megatron.checkpoint.hugging_face.architecture import (
     Fields,
     Found,
     Written,
-    named_class,
     refuse_quantised,
     renamed,
     require,
@@ -70,6 +69,7 @@ class T5Architecture(Architecture):
     """T5."""
 
     model_type = "t5"
+    stem = "T5"
     class_name = "T5ForConditionalGeneration"
     prefix = ""
 
@@ -188,7 +188,7 @@ class T5Architecture(Architecture):
         model = self.model_config_of(hf)
         if hf.get("scale_decoder_outputs") is False and _HEAD in theirs:
             model = dataclasses.replace(model, untie_embeddings_and_output_weights=True)
-        class_name = named_class(hf) or self.class_name
+        class_name = self.named_class(hf) or self.class_name
         return self.checked(Found(model, self.entries(model), class_name), theirs)
 
     def _notes(self, model: ModelConfig) -> Iterator[str]:
