@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron.hf.inputs import Cache, Inputs, for_all_heads
+from megatron.hf.inputs import Cache, Inputs, for_all_heads, masked
 from megatron.hf.outputs import BaseModelOutputWithPoolingAndCrossAttentions, ModelOutput
 from megatron.hf.pretrained import PreTrainedModel
 from megatron.hf.relay import (
@@ -255,11 +255,9 @@ class Backbone(PreTrainedModel):
 
         That number, and not minus infinity, so that a row of which nothing is seen is defined.
         """
-        # Only the CPU can look without waiting for a device.
-        if seen is None or (seen.device.type == "cpu" and bool((seen == 1).all())):
+        if seen is None:
             return AttentionMask()
-        bias = (1.0 - seen.to(self.dtype)) * torch.finfo(self.dtype).min
-        return AttentionMask(bias=bias, hides_all=bool((bias.amax(-1) < 0).any()))
+        return masked(seen.to(self.dtype), can_look=seen.device.type == "cpu")
 
     def _head_masks(self, given: torch.Tensor | None) -> torch.Tensor | None:
         """[n] or [layers, n] -> [layers, 1, n / t, 1, 1]"""

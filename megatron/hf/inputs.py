@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from megatron.ops.attention import AttentionMask
+
 Cache = Sequence[tuple[torch.Tensor, ...]]
 
 
@@ -112,3 +114,20 @@ def for_all_heads(mask: torch.Tensor) -> torch.Tensor:
             "expected (batch, sequence) or (batch, from sequence, to sequence)"
         )
     return mask[:, None, None, :] if mask.dim() == 2 else mask[:, None]
+
+
+def masked(seen: torch.Tensor, *, can_look: bool) -> AttentionMask:
+    """The mask that hides what is not `seen`, 1 or 0 or between, broadcast to [b, n, s, z].
+
+    Args:
+        can_look: whether values can be looked at without waiting for a device. If not, a query of
+            which all keys are hidden sees them all: what attention makes of it has no meaning, and
+            has the right gradient in every implementation.
+    """
+    if can_look and bool((seen == 1).all()):
+        return AttentionMask()
+    bias = (1.0 - seen) * torch.finfo(seen.dtype).min
+    sees_nothing = bias.amax(-1, keepdim=True) < 0
+    if can_look:
+        return AttentionMask(bias=bias, hides_all=bool(sees_nothing.any()))
+    return AttentionMask(bias=bias.masked_fill(sees_nothing, 0.0))
