@@ -76,7 +76,7 @@ class Side:
         """The outputs of the model as it lies on disk."""
         stored = self.stored
         if self.stock:
-            outputs = run_stock(stored.path, stored.facts["architecture"], stored.source, inputs)
+            outputs = run_stock(stored, inputs)
             size = stored.model.vocab_size
             tokens = (MASKED_LM, NEXT_TOKEN)
             return {name: v[..., :size] if name in tokens else v for name, v in outputs.items()}

@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from megatron.checkpoint.tensor_source import TensorSource
+from megatron.checkpoint.hugging_face.models import is_ignorable
 from megatron.conversion.network import (
     HIDDEN,
     MASKED_LM,
@@ -27,6 +26,7 @@ from megatron.conversion.network import (
     Inputs,
     Outputs,
 )
+from megatron.conversion.stored_model import StoredModel
 from megatron.errors import CheckpointError
 
 # What their fields are, and what the field `logits` of a class with such an end of its name is.
@@ -54,10 +54,8 @@ _SECOND_BIAS = "cls.predictions.decoder.bias"
 
 
 @torch.no_grad()
-def run_stock(directory: Path, name: str, files: TensorSource, inputs: Inputs) -> Outputs:
-    """The outputs of the model in `directory`, as `run_network` gives them.
-
-    name: of its class; files: its tensors under our names, of which names and types are looked at.
+def run_stock(stored: StoredModel, inputs: Inputs) -> Outputs:
+    """The outputs of a model of Hugging Face's format, as `run_network` gives them.
 
     Raises:
         CheckpointError: `transformers` cannot load or compute it, or finds tensors missing or
@@ -65,6 +63,8 @@ def run_stock(directory: Path, name: str, files: TensorSource, inputs: Inputs) -
     """
     import transformers
 
+    directory, name = stored.path, str(stored.facts["architecture"])
+    files = stored.source
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if not hasattr(transformers, name):
@@ -87,8 +87,12 @@ def run_stock(directory: Path, name: str, files: TensorSource, inputs: Inputs) -
         ) from error
     kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
     found = {kind: sorted(map(str, report[kind])) for kind in kinds}
-    if not pools:  # what is left out here may lie in the files
-        found["unexpected_keys"] = [k for k in found["unexpected_keys"] if ".pooler." not in k]
+    # Whatever is left out here may lie in the files.
+    found["unexpected_keys"] = [
+        key
+        for key in found["unexpected_keys"]
+        if not is_ignorable(key, stored.model) and (pools or ".pooler." not in key)
+    ]
     if found["missing_keys"] == [_SECOND_BIAS]:
         head = model.cls.predictions
         head.decoder.bias = head.bias

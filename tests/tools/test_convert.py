@@ -454,6 +454,22 @@ def test_a_pooler_that_the_class_does_not_use_is_left_out(tmp_path: Path, conver
     )
 
 
+def test_buffers_of_early_releases_mean_nothing(tmp_path: Path, convert: Convert) -> None:
+    theirs = tmp_path / "theirs"
+    hugging_face_model("GPT2").save_pretrained(theirs)
+    edit_weights(
+        theirs,
+        lambda tensors: tensors.update(
+            {
+                "transformer.h.0.attn.bias": torch.ones(1, 1, 12, 12).tril(),
+                "transformer.h.0.attn.masked_bias": torch.tensor(-1e4),
+            }
+        ),
+    )
+    native = convert("hf", "native", theirs, tmp_path / "native")
+    assert certificate_of(native)["max_abs_logit_diff"] < 1e-5
+
+
 def test_a_bias_that_early_releases_store_once(tmp_path: Path, convert: Convert) -> None:
     theirs = tmp_path / "theirs"
     config = transformers.MegatronBertConfig(**SIZES, tie_word_embeddings=False)
