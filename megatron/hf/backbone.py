@@ -33,6 +33,7 @@ from megatron.model.enums import LayerType
 from megatron.model.language_model import TransformerLanguageModel
 from megatron.model.probe import Extras, Record
 from megatron.mpu.collectives import broadcast
+from megatron.mpu.watchdog import waiting
 from megatron.ops.attention import AttentionMask
 
 Named = Mapping[str, torch.Tensor | None]
@@ -136,17 +137,16 @@ class Backbone(PreTrainedModel):
         inputs.check(self.config)
         record = self._record(inputs)
         if self._alone:
-            stream = self._run_stage(inputs, record)
-            return output_class(**head(stream)) if isinstance(stream, Top) else stream
+            top = self._run_stage(inputs, record)
+            return output_class(**head(top)) if isinstance(top, Top) else top
+        self.agree_on_frozen()
         inputs = self._shared_inputs(inputs)
         with self._own_randomness():
             if not self.stage.is_first:
                 self._receive(inputs)
-            top = self._run_stage(inputs, record)
-            named = dict(head(top)) if isinstance(top, Top) else {}
-            sent = None if isinstance(top, Top) else self._send(top, inputs)
-        own = Results(named, *self._shown(record))
-        results = [own] if self.state.pipeline.size == 1 else self._spread(own, sent)
+            own, stream, failure = self._results(inputs, record, head)
+            sent = None if stream is None else self._send(stream, inputs)
+        results = [own] if self.state.pipeline.size == 1 else self._spread(own, sent, failure)
         made = dict(results[-1].named)
         looked_into = {
             "past_key_values": joined(result.caches for result in results),
@@ -234,6 +234,31 @@ class Backbone(PreTrainedModel):
         if record.hidden_states is not None:
             record.hidden_states.append(hidden.stream)
         return Top(hidden.stream.transpose(0, 1), hidden.pooled)
+
+    def _results(
+        self, inputs: Inputs, record: Record, head: Head
+    ) -> tuple[Results, torch.Tensor | None, Exception | None]:
+        """What this stage has made, the stream [s, b, h] to send, and what went wrong.
+
+        A stage of several that fails still sends, so that the others do not wait for it and hear
+        of it with the results.
+        """
+        stream, named = None, {}
+        try:
+            top = self._run_stage(inputs, record)
+            if isinstance(top, Top):
+                named = dict(head(top))
+            else:
+                stream = top
+            return Results(named, *self._shown(record)), stream, None
+        except Exception as error:
+            if self.state.pipeline.size == 1:
+                raise
+            if not self.stage.is_last:
+                b, s = inputs.shape
+                shape = (s, b, self.config.hidden_size)
+                stream = torch.zeros(shape, dtype=self.dtype, device=self.state.device)
+            return Results({}, None, None, None, None), stream, error
 
     def _extras(self, inputs: Inputs, record: Record) -> Extras:
         extras: dict[str, Any] = {}
@@ -326,13 +351,32 @@ class Backbone(PreTrainedModel):
             weights(record.cross_attentions),
         )
 
-    def _spread(self, own: Results, sent: torch.Tensor | None) -> list[Results]:
-        """The results of all stages."""
-        forms: list[Any] = [None] * self.state.pipeline.size
+    def _spread(
+        self, own: Results, sent: torch.Tensor | None, failure: Exception | None
+    ) -> list[Results]:
+        """The results of all stages.
+
+        Raises:
+            RuntimeError: another stage has failed; this one's failure is raised as it is.
+        """
+        axis = self.state.pipeline
+        told: list[Any] = [None] * axis.size
         tensors, form = own.flattened()
-        torch.distributed.all_gather_object(forms, form, group=self.state.pipeline.group)
+        said = None if failure is None else f"{type(failure).__name__}: {failure}"
+        with waiting("the stages of the pipeline to say what they have made"):
+            torch.distributed.all_gather_object(told, (form, said), group=axis.group)
+        forms, failures = zip(*told, strict=True)
+        if failure is not None:
+            raise failure
+        for stage, said in enumerate(failures):
+            if said is not None:
+                raise RuntimeError(f"stage {stage} of the pipeline failed: {said}")
         stages = spread(tensors, sent, self.state, self._shared.finish)
         return [Results.of(*each) for each in zip(stages, forms, strict=True)]
+
+    def agree_on_frozen(self) -> None:
+        """Have the last stage's copy of the word embeddings be trained or frozen as they are."""
+        self._shared.agree()
 
     def tie_output(self, copy: torch.nn.Parameter | None) -> None:
         """Have tokens scored by the word embeddings: the gradients of both ends add up.

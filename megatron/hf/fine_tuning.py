@@ -149,6 +149,7 @@ class FineTuner:
             lr, min_lr, lr_decay_style, warmup_steps, total_steps or warmup_steps
         )
         self.steps = 0
+        model.bert.agree_on_frozen()
         self.optimizer = build_optimizer(self.config, [model], self.state)
         self._micro_batch_size = micro_batch_size
         self._activation = TensorSpec((0, 0, 0), model.dtype)

@@ -86,6 +86,34 @@ class Inputs:
                 f"past_key_values are those of {len(past)} layers, "
                 f"expected num_hidden_layers {config.num_hidden_layers}"
             )
+        self._check_ids(config.vocab_size)
+        self._check_mask("attention_mask", self.attention_mask, length)
+        if crosses and self.encoder_hidden_states is not None:
+            length = self.encoder_hidden_states.size(1)
+            self._check_mask("encoder_attention_mask", self.encoder_attention_mask, length)
+
+    def _check_ids(self, vocab_size: int) -> None:
+        """Raise ValueError for ids of no token, which embeddings split by rows would leave out."""
+        ids = self.input_ids
+        # Only the CPU can look without waiting for a device.
+        if ids is None or ids.device.type != "cpu" or not ids.numel():
+            return
+        least, most = (int(each) for each in ids.aminmax())
+        if least < 0 or most >= vocab_size:
+            wrong = least if least < 0 else most
+            raise ValueError(f"input_ids hold {wrong}, expected 0 to {vocab_size - 1}")
+
+    def _check_mask(self, name: str, mask: torch.Tensor | None, length: int) -> None:
+        """Raise ValueError unless a mask covers `length` positions; one row stands for all."""
+        if mask is None:
+            return
+        b, s = self.shape
+        fits = zip(for_all_heads(mask).shape, (b, 1, s, length), strict=True)
+        if not all(found in (1, expected) for found, expected in fits):
+            raise ValueError(
+                f"{name} has the shape {tuple(mask.shape)}, "
+                f"expected ({b}, {length}) or ({b}, {s}, {length})"
+            )
 
     def seen(self, *, is_decoder: bool) -> torch.Tensor | None:
         """1 for what may be seen, 0 for what may not, broadcast to [b, n, s, z]; None for all 1."""

@@ -242,6 +242,18 @@ class SharedGradients:
             self._tied = weight
             weight.register_hook(self._withhold)
 
+    def agree(self) -> None:
+        """Have the copy be trained if, and only if, the first stage's own weight is.
+
+        A user who freezes the embedding has one stage's in hand, and both ends wait for each other
+        where only one of them has a gradient.
+        """
+        weight, axis = self._tied, self._state.embedding
+        if weight is None or axis is None:
+            return
+        trained = torch.tensor(int(weight.requires_grad), device=self._state.device)
+        weight.requires_grad_(bool(broadcast(trained, axis)))
+
     def finish(self) -> None:
         """Sum what has been withheld; every rank calls it when a backward pass is over."""
         weight, own = self._tied, self._pending
