@@ -183,7 +183,8 @@ def _count(text: str) -> int:
 
 def main() -> None:
     arguments = parse_arguments()
-    save: Path = arguments.save
+    save: Path = arguments.save.resolve()  # a link stays, what it leads to is written
+    take_back(save)
     check_free(save, arguments.load)
     stored = read(arguments)
     aside = save.parent / f".{save.name}.tmp"
@@ -198,9 +199,16 @@ def main() -> None:
     for line in (*certificate["notes"], *certificate["differences"]):
         print(f"note: {line}")
     print(
-        f"{stored.path} -> {save}: largest difference between {certificate['compared']} "
+        f"{stored.path} -> {arguments.save}: largest difference between {certificate['compared']} "
         f"{certificate['max_abs_logit_diff']:.2e}"
     )
+
+
+def take_back(save: Path) -> None:
+    """Undo the first half of `move_into_place` where it was all that a killed run came to."""
+    earlier = _earlier(save)
+    if earlier.exists() and not save.exists():
+        earlier.rename(save)
 
 
 def check_free(save: Path, load: Path) -> None:
@@ -300,12 +308,17 @@ def certify(
 
 def move_into_place(aside: Path, save: Path) -> None:
     """Give the complete directory its name, and only then delete an earlier conversion."""
-    earlier = save.parent / f".{save.name}.old"
+    earlier = _earlier(save)
     shutil.rmtree(earlier, ignore_errors=True)
     if save.exists():
         save.rename(earlier)
     aside.rename(save)
     shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _earlier(save: Path) -> Path:
+    """Where an earlier conversion waits while a new one takes its place."""
+    return save.parent / f".{save.name}.old"
 
 
 if __name__ == "__main__":

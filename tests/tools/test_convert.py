@@ -275,6 +275,28 @@ def test_only_an_earlier_conversion_is_replaced(tmp_path: Path, convert: Convert
         convert("hf", "hf", occupied, occupied)
 
 
+def test_a_run_killed_between_the_two_renames_is_undone(tmp_path: Path, convert: Convert) -> None:
+    save(tmp_path / "native", make_config())
+    theirs = convert("native", "hf", tmp_path / "native", tmp_path / "hf")
+    theirs.rename(tmp_path / ".hf.old")
+    with pytest.raises(CheckpointError, match="no such directory"):
+        convert("native", "hf", tmp_path / "nothing", theirs)
+    assert certificate_of(theirs)["iteration"] == 9
+    convert("native", "hf", tmp_path / "native", theirs)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "native"]
+
+
+def test_a_link_leads_to_the_result(tmp_path: Path, convert: Convert) -> None:
+    save(tmp_path / "native", make_config())
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "disk" / "hf")
+    for _ in range(2):
+        convert("native", "hf", tmp_path / "native", link)
+        assert link.is_symlink()
+        assert certificate_of(tmp_path / "disk" / "hf")["target"]["path"] == str(link)
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["hf"]
+
+
 def test_without_transformers_one_line_says_so(
     tmp_path: Path, convert: Convert, monkeypatch: pytest.MonkeyPatch
 ) -> None:
