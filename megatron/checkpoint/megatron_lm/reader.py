@@ -231,6 +231,7 @@ class _Opening:
         parts = self._named_parts()
         if WORD_EMBEDDINGS not in parts:
             raise CheckpointError(f"{self.where} holds no {WORD_EMBEDDINGS}")
+        self._check_tensors(parts)
         version = self._version(version)
         shapes = {
             name: joined_shape(name, each[0].shape, self.tensor) for name, each in parts.items()
@@ -266,6 +267,19 @@ class _Opening:
                 )
             del parts[LM_HEAD_BIAS]
         return checkpoint
+
+    def _check_tensors(self, parts: _Parts) -> None:
+        """Weights are floating, and before anything is made for each layer, all have tensors."""
+        for name, (first, *_) in parts.items():
+            if not first.dtype.is_floating_point:
+                raise CheckpointError(
+                    f"{self.where}: {name} is of {first.dtype}, expected a floating type"
+                )
+        for stack in ("encoder", "decoder"):
+            if (layers := layers_of(stack, parts)) > len(parts):
+                raise CheckpointError(
+                    f"{self.where}: {len(parts)} tensors, but one of layer {layers - 1}"
+                )
 
     def _version(self, stated: int | None) -> int:
         found = self.first.get("checkpoint_version")

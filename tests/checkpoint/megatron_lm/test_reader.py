@@ -269,6 +269,22 @@ def test_a_tensor_that_is_missing(tmp_path: Path) -> None:
     assert "tensors are missing: language_model.encoder.final_layernorm.bias" in problem
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bool, torch.complex64])
+def test_codes_are_no_weights(dtype: torch.dtype, tmp_path: Path) -> None:
+    _, files = by_hand.bert(3, args=by_hand.arguments())
+    encoder = files[0][0]["model"]["language_model"]["encoder"]
+    encoder["final_layernorm.bias"] = encoder["final_layernorm.bias"].to(dtype)
+    assert f"final_layernorm.bias is of {dtype}, expected a fl" in _opened(tmp_path, files)
+
+
+def test_a_layer_far_beyond_the_others(tmp_path: Path) -> None:
+    _, files = by_hand.bert(3)
+    encoder = files[0][0]["model"]["language_model"]["encoder"]
+    encoder["layers.99999999999.input_layernorm.weight"] = torch.ones(by_hand.HIDDEN)
+    problem = _opened(tmp_path, files, heads=by_hand.HEADS)
+    assert "tensors, but one of layer 99999999999" in problem
+
+
 def test_a_file_without_a_model(tmp_path: Path) -> None:
     problem = _opened(tmp_path, [[{"state_dict": {}, "epoch": 3}]])
     assert "holds no model or model0, model1, ...; found state_dict, epoch" in problem
