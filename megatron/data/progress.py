@@ -31,20 +31,28 @@ class Progress:
         self._on_terminal = self._stream.isatty()
         self._started = self._reported = time.monotonic()
         self._last_count = 0
+        self._unreported: tuple[int, str] | None = None
         self._line = ""
 
     def advance(self, count: int, note: str = "") -> None:
         """Says that `count` units are done; `note` is shown behind it when a report is due."""
         now = time.monotonic()
+        self._unreported = (count, note)
         if self._is_due(count, now):
-            self._last_count = count
-            self._reported = now
-            self._show(self._describe(count, now - self._started, note))
+            self._report(now)
 
     def close(self) -> None:
-        """Ends the line on a terminal."""
+        """Says how far the work has come at last, where anything was said, and ends the line."""
+        if self._line and self._unreported is not None:
+            self._report(time.monotonic())
         if self._on_terminal and self._line:
             print(file=self._stream)
+
+    def _report(self, now: float) -> None:
+        assert self._unreported is not None
+        count, note = self._unreported
+        self._last_count, self._reported, self._unreported = count, now, None
+        self._show(self._describe(count, now - self._started, note))
 
     def _is_due(self, count: int, now: float) -> bool:
         if self._every is not None:
