@@ -65,6 +65,19 @@ class InitialisedModule(nn.Module):
         self.native_config = native_config(model, state)
         self.gradient_checkpointing = False
         self._initial_seed: int | None = None
+        # Says where a stage is that has no parameter, and in which number format.
+        self._format: Tensor
+        self.register_buffer("_format", torch.empty(0, device=META), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format of the parameters."""
+        return next(self.parameters(), self._format).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(self.parameters(), self._format).device
 
     def post_init(self) -> None:
         """Give the parameters their initial values; the last thing a constructor does.
@@ -79,6 +92,7 @@ class InitialisedModule(nn.Module):
         if self._device == META:
             return
         self.materialise(self._device, torch.get_default_dtype())
+        self.seed_of_values()  # which all ranks agree on, also one that has nothing to draw
         for module in self.modules():
             self._init_weights(module)
 
@@ -126,6 +140,9 @@ class InitialisedModule(nn.Module):
 
     def materialise(self, device: torch.device, dtype: torch.dtype) -> None:
         """Give every parameter memory, filled with zeros, where it has none."""
+        for module in self.modules():
+            if isinstance(module, InitialisedModule):
+                module._format = torch.empty(0, dtype=dtype, device=device)
         for parameter in self.parameters():
             if parameter.is_meta:
                 fresh = nn.Parameter(
@@ -144,9 +161,8 @@ class InitialisedModule(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Self:
         # What `to`, `cuda` and their like call: the random streams go where the parameters go.
         super()._apply(fn, recurse)
-        device = next(self.parameters()).device
-        object.__setattr__(self.state, "device", device)
-        self.state.streams.to(device)
+        object.__setattr__(self.state, "device", self.device)
+        self.state.streams.to(self.device)
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

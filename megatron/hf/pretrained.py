@@ -29,6 +29,7 @@ from megatron.checkpoint.safetensors_writer import TensorPlan
 from megatron.checkpoint.tensor_source import TensorSource
 from megatron.config import Config
 from megatron.errors import ConfigError
+from megatron.hf.backends import requires_backends
 from megatron.hf.configuration import BertFamilyConfig
 from megatron.hf.gathering import held_by_stages
 from megatron.hf.hub import locate_weights
@@ -259,16 +260,6 @@ class PreTrainedModel(NamedTensors):
 
     # --- what users ask a model ------------------------------------------------------------------
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The number format of the parameters."""
-        return next(self.parameters()).dtype
-
-    @property
-    def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next(self.parameters()).device
-
     def num_parameters(self, only_trainable: bool = False) -> int:
         """Numbers of the whole model, each counted once; all ranks must call it."""
         parts = self.parts()
@@ -374,7 +365,10 @@ def _opened(
     if from_tf:
         yield TensorFlowCheckpoint.open(where, class_name)
         return
-    with HuggingFaceFiles(locate_weights(where, class_name, **hub)) as source:
+    directory = locate_weights(where, class_name, **hub)
+    if any(directory.glob("*.safetensors")):
+        requires_backends(class_name, "safetensors")
+    with HuggingFaceFiles(directory) as source:
         yield source
 
 

@@ -1,6 +1,7 @@
 """Models from files and into them, and what users ask a model."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,13 @@ def test_relative_positions_are_written_for_4_34_with_a_warning(tmp_path: Path) 
 def test_missing_files_are_named(tmp_path: Path) -> None:
     config_of("bert").save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="model.safetensors"):
+        class_of("bert", "Model").from_pretrained(tmp_path)
+
+
+def test_an_absent_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model_of("bert", "Model").save_pretrained(tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ImportError, match="BertModel needs safetensors, .* pip install"):
         class_of("bert", "Model").from_pretrained(tmp_path)
 
 

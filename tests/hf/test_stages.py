@@ -111,3 +111,20 @@ def test_a_mask_that_hides_nothing_has_to_fit_as_well() -> None:
     with pytest.raises(ValueError, match=r"attention_mask has the shape \(2, 5\), expected \(2, 6"):
         model(IDS, attention_mask=torch.ones(2, 5))
     model(IDS, attention_mask=torch.ones(1, 6, 6))
+
+
+def loss_of_one_layer(stages: int) -> float:
+    torch.manual_seed(0)
+    config = config_of("bert", num_hidden_layers=1)
+    model = class_of("bert", "ForMaskedLM")(
+        config, parallel_state=hf.parallel_state(1, stages)
+    ).eval()
+    loss = model.double()(IDS, labels=IDS).loss
+    loss.backward()
+    assert model.dtype == torch.float64 and model.bert.dtype == torch.float64
+    return loss.item()
+
+
+def test_stages_without_layers_or_any_parameter() -> None:
+    alone = loss_of_one_layer(1)
+    assert run_distributed(3, loss_of_one_layer, 3) == pytest.approx([alone] * 3, rel=1e-12)
