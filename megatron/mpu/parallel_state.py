@@ -132,7 +132,6 @@ class ParallelState:
             model=maker.axis(topology.model_groups()),
             forward_edges=maker.edges(pipelines, forward=True),
             backward_edges=maker.edges(pipelines, forward=False),
-            # Last, see partial_axis.
             embedding=maker.partial_axis(topology.embedding_groups()),
             position_embedding=maker.partial_axis(topology.position_embedding_groups()),
         )
@@ -165,15 +164,14 @@ class _GroupMaker:
         return Axis(mine, mine.index(self.rank), self._group(mine))
 
     def partial_axis(self, groups: Groups) -> Axis | None:
-        """The axis of a kind of groups that leaves some ranks out; None on those."""
-        found = None
-        for ranks in groups:
-            # Every rank takes part in the making of every group: PyTorch names a group that its
-            # members make alone after how many groups they made before, which must then agree.
-            group = self._group(ranks, members_alone=False)
-            if self.rank in ranks:
-                found = Axis(ranks, ranks.index(self.rank), group)
-        return found
+        """The axis of a kind of equally large groups that leaves some ranks out; None on those.
+
+        A rank that is left out makes a group of itself, so that all have made equally many.
+        """
+        mine = next((ranks for ranks in groups if self.rank in ranks), None)
+        alone = all(len(ranks) == 1 for ranks in groups)
+        group = None if alone else self._new_group(mine or (self.rank,))
+        return None if mine is None else Axis(mine, mine.index(self.rank), group)
 
     def edges(self, pipelines: Groups, *, forward: bool) -> Mapping[Edge, dist.ProcessGroup]:
         """The edges of this rank's pipeline in one direction, each on a communicator of its own.
@@ -194,19 +192,18 @@ class _GroupMaker:
                 made[pair if forward else (pair[1], pair[0])] = group
         return MappingProxyType(made)
 
-    def _group(
-        self, ranks: tuple[int, ...], members_alone: bool = True
-    ) -> dist.ProcessGroup | None:
-        return None if len(ranks) == 1 else self._new_group(ranks, members_alone)
+    def _group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+        return None if len(ranks) == 1 else self._new_group(ranks)
 
-    def _new_group(self, ranks: tuple[int, ...], members_alone: bool = True) -> dist.ProcessGroup:
+    def _new_group(self, ranks: tuple[int, ...]) -> dist.ProcessGroup:
         # Where only members take part, the number of groups that a rank helps to make stays
-        # constant however large the world is.
+        # constant however large the world is. PyTorch names such a group after how many groups a
+        # process has made before, which must be equal on all its members.
         group = dist.new_group(
             sorted(ranks),
             backend=self.backend,
             timeout=self.timeout,
-            use_local_synchronization=members_alone,
+            use_local_synchronization=True,
         )
         assert group is not None
         return group

@@ -32,6 +32,26 @@ def test_collectives_reach_exactly_the_axis(tensor: int, pipeline: int) -> None:
     run_distributed(8, _sums, tensor, pipeline)
 
 
+def _several_states(topologies: list[Topology]) -> None:
+    for topology in topologies:
+        state = ParallelState.create(topology)
+        for axis in (state.pipeline, state.model, state.embedding, state.position_embedding):
+            if axis is not None:
+                value = all_reduce(torch.tensor([float(state.rank)]), axis)
+                assert value.item() == sum(axis.ranks)
+
+
+@pytest.mark.parametrize(
+    "topologies",
+    [
+        [Topology(4, pipeline=4), Topology(4, pipeline=4), Topology(4, tensor=2, pipeline=2)],
+        [Topology(4, pipeline=4, split=2), Topology(4, pipeline=4, split=1), Topology(4)],
+    ],
+)
+def test_a_process_may_have_several_states(topologies: list[Topology]) -> None:
+    run_distributed(4, _several_states, topologies)
+
+
 @distributed(4)
 def test_every_edge_carries_messages_both_ways() -> None:
     state = ParallelState.create(Topology(4, tensor=1, pipeline=4))
