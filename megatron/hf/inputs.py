@@ -35,14 +35,19 @@ class Inputs:
     output_hidden_states: bool | None = None
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(b, s); raises ValueError unless there are either ids or embeddings."""
+    def given(self) -> torch.Tensor:
+        """The ids or the embeddings; raises ValueError unless there is one of them."""
         if (self.input_ids is None) == (self.inputs_embeds is None):
             found = "neither" if self.input_ids is None else "both"
             raise ValueError(f"expected either input_ids or inputs_embeds, found {found}")
         given = self.inputs_embeds if self.input_ids is None else self.input_ids
         assert given is not None
-        return given.size(0), given.size(1)
+        return given
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(b, s)"""
+        return self.given.size(0), self.given.size(1)
 
     @property
     def shared(self) -> list[torch.Tensor]:
@@ -62,9 +67,7 @@ class Inputs:
     @property
     def device(self) -> torch.device:
         """Where the inputs lie."""
-        given = self.inputs_embeds if self.input_ids is None else self.input_ids
-        assert given is not None
-        return given.device
+        return self.given.device
 
     def check(self, config: Any) -> None:
         """Raise ValueError for what a model of this configuration cannot be given."""

@@ -5,6 +5,9 @@ Letters: b batch, s sequence, h hidden, c labels, n choices.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from torch import Tensor
 
 from megatron.errors import ConfigError
@@ -27,14 +30,8 @@ from megatron.hf.outputs import (
 from megatron.mpu import ParallelState
 
 
-class ForSequenceClassification(HeadedModel):
-    """A class, or `num_labels` numbers, for each sequence, from its pooled first token."""
-
-    heads = ("classifier",)
-
-    def _build_heads(self) -> None:
-        self.dropout = self._dropout()
-        self.classifier = self._linear("classifier", self.num_labels)
+class LabelledModel(HeadedModel):
+    """A head with labels and nothing else of its own among the arguments of `forward`."""
 
     def forward(
         self,
@@ -48,15 +45,8 @@ class ForSequenceClassification(HeadedModel):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
-        """Logits [b, c], and with labels the loss that `config.problem_type` names.
-
-        Args:
-            labels: i64[b] of a single label; float[b, c] of several labels; float[b] or
-                float[b, c] of a regression. Where `config.problem_type` is None, the first labels
-                decide it: a regression with one output, a single label with whole numbers,
-                several labels otherwise.
-        """
+    ) -> Any:
+        """Logits, and with labels their loss, as `_answer` of the class describes them."""
         inputs = Inputs(
             input_ids,
             attention_mask,
@@ -67,6 +57,32 @@ class ForSequenceClassification(HeadedModel):
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
         )
+        return self._answer(inputs, labels, return_dict)
+
+    def _answer(self, inputs: Inputs, labels: Tensor | None, return_dict: bool | None) -> Any:
+        raise TypeError(f"{type(self).__name__} answers nothing")
+
+
+class ForSequenceClassification(LabelledModel):
+    """A class, or `num_labels` numbers, for each sequence, from its pooled first token."""
+
+    heads = ("classifier",)
+
+    def _build_heads(self) -> None:
+        self.dropout = self._dropout()
+        self.classifier = self._linear("classifier", self.num_labels)
+
+    def _answer(
+        self, inputs: Inputs, labels: Tensor | None, return_dict: bool | None
+    ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
+        """Logits [b, c], and with labels the loss that `config.problem_type` names.
+
+        Args:
+            labels: i64[b] of a single label; float[b, c] of several labels; float[b] or
+                float[b, c] of a regression. Where `config.problem_type` is None, the first labels
+                decide it: a regression with one output, a single label with whole numbers,
+                several labels otherwise.
+        """
         if labels is not None and self.config.problem_type is None:
             # Here and not in the head, so that all stages have the same configuration.
             self.config.problem_type = problem_type(self.num_labels, labels)
@@ -81,7 +97,7 @@ class ForSequenceClassification(HeadedModel):
         return self.bert.answer(inputs, head, SequenceClassifierOutput, return_dict)
 
 
-class ForMultipleChoice(HeadedModel):
+class ForMultipleChoice(LabelledModel):
     """One score for each of several continuations of a text, from its pooled first token."""
 
     heads = ("classifier",)
@@ -90,18 +106,8 @@ class ForMultipleChoice(HeadedModel):
         self.dropout = self._dropout()
         self.classifier = self._linear("classifier", 1)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
+    def _answer(
+        self, inputs: Inputs, labels: Tensor | None, return_dict: bool | None
     ) -> MultipleChoiceModelOutput | tuple[Tensor, ...]:
         """Logits [b, n], and with labels their mean cross entropy.
 
@@ -110,19 +116,14 @@ class ForMultipleChoice(HeadedModel):
             inputs_embeds: [b, n, s, h].
             labels: i64[b], the right choice.
         """
-        given = input_ids if input_ids is not None else inputs_embeds
-        if given is None:
-            raise ValueError("either input_ids or inputs_embeds has to be given")
-        choices = given.size(1)
-        inputs = Inputs(
-            _rows(input_ids),
-            _rows(attention_mask),
-            _rows(token_type_ids),
-            _rows(position_ids),
-            head_mask,
-            _rows(inputs_embeds, kept=2),
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+        choices = inputs.given.size(1)
+        inputs = replace(
+            inputs,
+            input_ids=_rows(inputs.input_ids),
+            attention_mask=_rows(inputs.attention_mask),
+            token_type_ids=_rows(inputs.token_type_ids),
+            position_ids=_rows(inputs.position_ids),
+            inputs_embeds=_rows(inputs.inputs_embeds, kept=2),
         )
 
         def head(top: Top) -> dict[str, Tensor | None]:
@@ -138,7 +139,7 @@ def _rows(tensor: Tensor | None, kept: int = 1) -> Tensor | None:
     return None if tensor is None else tensor.reshape(-1, *tensor.shape[-kept:])
 
 
-class ForTokenClassification(HeadedModel):
+class ForTokenClassification(LabelledModel):
     """A label for each token."""
 
     heads = ("classifier",)
@@ -148,34 +149,14 @@ class ForTokenClassification(HeadedModel):
         self.dropout = self._dropout()
         self.classifier = self._linear("classifier", self.num_labels)
 
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        head_mask: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        labels: Tensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
+    def _answer(
+        self, inputs: Inputs, labels: Tensor | None, return_dict: bool | None
     ) -> TokenClassifierOutput | tuple[Tensor, ...]:
         """Logits [b, s, c], and with labels their mean cross entropy.
 
         Args:
             labels: i64[b, s]; a label of -100 is left out.
         """
-        inputs = Inputs(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            head_mask,
-            inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
 
         def head(top: Top) -> dict[str, Tensor | None]:
             logits = self.classifier(self.dropout(top.last_hidden_state))  # [b, s, c]
