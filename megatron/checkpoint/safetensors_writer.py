@@ -52,8 +52,8 @@ def write_safetensors(
     A single tensor may exceed `max_bytes`. `on_bytes` is told how many bytes of tensors have been
     written so far. Returns the files written.
     """
-    shards = list(_shards(plans, max_bytes))
-    names = _file_names(len(shards))
+    shards = list(shards_of(plans, max_bytes))
+    names = file_names("model", "safetensors", len(shards))
     stream = iter(tensors)
     count = 0
     for name, shard in zip(names, shards, strict=True):
@@ -61,11 +61,12 @@ def write_safetensors(
             count += size
             on_bytes(count)
     if len(shards) > 1:
-        _write_index(directory / INDEX_FILE, dict(zip(names, shards, strict=True)))
+        write_index(directory / INDEX_FILE, dict(zip(names, shards, strict=True)))
     return [directory / name for name in names]
 
 
-def _shards(plans: Sequence[TensorPlan], max_bytes: int) -> Iterator[list[TensorPlan]]:
+def shards_of(plans: Sequence[TensorPlan], max_bytes: int) -> Iterator[list[TensorPlan]]:
+    """Runs of tensors of at most so many bytes; one that is larger stands alone."""
     shard: list[TensorPlan] = []
     size = 0
     for plan in plans:
@@ -77,10 +78,11 @@ def _shards(plans: Sequence[TensorPlan], max_bytes: int) -> Iterator[list[Tensor
     yield shard
 
 
-def _file_names(count: int) -> list[str]:
+def file_names(stem: str, suffix: str, count: int) -> list[str]:
+    """What `transformers` calls the weight files of a model that has so many."""
     if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)]
+        return [f"{stem}.{suffix}"]
+    return [f"{stem}-{n:05d}-of-{count:05d}.{suffix}" for n in range(1, count + 1)]
 
 
 def _write_file(
@@ -114,7 +116,8 @@ def _header(plans: list[TensorPlan]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_index(path: Path, files: dict[str, list[TensorPlan]]) -> None:
+def write_index(path: Path, files: dict[str, list[TensorPlan]]) -> None:
+    """Write which of several files holds which tensor."""
     total = sum(plan.num_bytes for plans in files.values() for plan in plans)
     weight_map = {plan.name: file for file, plans in files.items() for plan in plans}
     document = {"metadata": {"total_size": total}, "weight_map": weight_map}

@@ -17,6 +17,7 @@ from typing import Any
 from megatron.checkpoint.hugging_face.export import write_hugging_face
 from megatron.checkpoint.hugging_face.files import HuggingFaceFiles
 from megatron.checkpoint.hugging_face.models import architecture_for, open_hugging_face
+from megatron.checkpoint.hugging_face.tokenizer import find_tokenizer
 from megatron.conversion.network import expect_shapes
 from megatron.conversion.stored_model import StoredModel, TokenizerFiles, of_dtypes
 from megatron.errors import CheckpointError
@@ -51,14 +52,15 @@ def read_hugging_face(directory: Path) -> StoredModel:
         expect_shapes(opened.model, opened.tensors)
     except CheckpointError as error:
         raise CheckpointError(f"{directory}: {problem}" for problem in error.problems) from error
+    tokenizer = find_tokenizer(directory)
     return StoredModel(
         "hf",
         directory,
         of_dtypes(opened.model, opened.tensors.dtypes.values()),
         opened.tensors,
-        tokenizer=_tokenizer_of(directory),
+        tokenizer=TokenizerFiles(type=tokenizer.type, **tokenizer.files, others=_others(directory)),
         facts={"architecture": opened.class_name},
-        notes=tuple(opened.notes),
+        notes=(*opened.notes, *tokenizer.notes),
     )
 
 
@@ -117,34 +119,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _tokenizer_of(directory: Path) -> TokenizerFiles:
-    """The tokenizer of a directory, of our kinds where it is one of them."""
-    others = tuple(f for name in _TOKENIZER_FILES if (f := directory / name).is_file())
-    here = {file.name: file for file in others}
-    if "vocab.txt" in here:
-        settings = (
-            _read_json(here["tokenizer_config.json"]) if "tokenizer_config.json" in here else {}
-        )
-        case = "LowerCase" if settings.get("do_lower_case", True) else "Case"
-        kind = f"BertWordPiece{case}"
-        return TokenizerFiles(type=kind, vocab_file=here["vocab.txt"], others=others)
-    if "vocab.json" in here and "merges.txt" in here:
-        return TokenizerFiles(
-            type="GPT2BPETokenizer",
-            vocab_file=here["vocab.json"],
-            merge_file=here["merges.txt"],
-            others=others,
-        )
-    for name in ("tokenizer.model", "spiece.model"):
-        if name in here:
-            return TokenizerFiles(
-                type="SentencePieceTokenizer", tokenizer_model=here[name], others=others
-            )
-    return TokenizerFiles(others=others)
+def _others(directory: Path) -> tuple[Path, ...]:
+    """The files of a directory that concern its tokenizer."""
+    return tuple(f for name in _TOKENIZER_FILES if (f := directory / name).is_file())
 
 
 def _load(stored: StoredModel) -> Tokenizer | None:
-    """The tokenizer that came with a model, knowing the model's longest sequence."""
+    """The tokenizer that came with a model, with the sentinels that its run had."""
     files = stored.tokenizer
     if files.type is None or not files.named:
         return None
@@ -155,5 +136,5 @@ def _load(stored: StoredModel) -> Tokenizer | None:
         named.get("merge_file"),
         named.get("tokenizer_model"),
     )
-    longest = {"model_max_length": stored.model.max_position_embeddings}
-    return dataclasses.replace(tokenizer, settings={**tokenizer.settings, **longest})
+    extra = 0 if stored.config is None else stored.config.data.vocab_extra_ids
+    return tokenizer.with_sentinels(extra) if extra else tokenizer

@@ -27,13 +27,13 @@ from megatron.hf.relay import (
     send_stream,
     shared_input,
     spread,
+    told_by_stages,
 )
 from megatron.hf.results import Results, joined
 from megatron.model.enums import LayerType
 from megatron.model.language_model import TransformerLanguageModel
 from megatron.model.probe import Extras, Record
 from megatron.mpu.collectives import broadcast
-from megatron.mpu.watchdog import waiting
 from megatron.ops.attention import AttentionMask
 
 Named = Mapping[str, torch.Tensor | None]
@@ -359,19 +359,17 @@ class Backbone(PreTrainedModel):
         Raises:
             RuntimeError: another stage has failed; this one's failure is raised as it is.
         """
-        axis = self.state.pipeline
-        told: list[Any] = [None] * axis.size
         tensors, form = own.flattened()
-        said = None if failure is None else f"{type(failure).__name__}: {failure}"
-        with waiting("the stages of the pipeline to say what they have made"):
-            torch.distributed.all_gather_object(told, (form, said), group=axis.group)
-        forms, failures = zip(*told, strict=True)
+        mine = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+        trouble = None if failure is None else f"{type(failure).__name__}: {failure}"
+        told = told_by_stages((mine, form, trouble), self.state)
+        kinds, forms, failures = zip(*told, strict=True)
         if failure is not None:
             raise failure
         for stage, said in enumerate(failures):
             if said is not None:
                 raise RuntimeError(f"stage {stage} of the pipeline failed: {said}")
-        stages = spread(tensors, sent, self.state, self._shared.finish)
+        stages = spread(tensors, kinds, sent, self.state, self._shared.finish)
         return [Results.of(*each) for each in zip(stages, forms, strict=True)]
 
     def agree_on_frozen(self) -> None:

@@ -21,7 +21,7 @@ Gradients of what several ranks hold are summed when backward is over, see `Shar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from megatron.mpu.collectives import all_reduce, broadcast
 from megatron.mpu.watchdog import waiting
 
 Shape = tuple[int, ...]
+T = TypeVar("T")
 
 
 class _Edge:
@@ -163,8 +164,17 @@ def send_stream(
     return _Send.apply(_anchor(), stream, state, *shared)
 
 
+def told_by_stages(said: T, state: ParallelState) -> list[T]:
+    """What each stage has to say, a plain value, on every rank of the pipeline."""
+    told: list[Any] = [None] * state.pipeline.size
+    with waiting("the stages of the pipeline to say what they have made"):
+        dist.all_gather_object(told, said, group=state.pipeline.group)
+    return told
+
+
 def spread(
     own: Sequence[torch.Tensor],
+    kinds: Sequence[Sequence[tuple[Shape, torch.dtype]]],
     sent: torch.Tensor | None,
     state: ParallelState,
     at_end: Callable[[], None],
@@ -173,17 +183,14 @@ def spread(
 
     Args:
         own: those of this stage, of any number and shape.
+        kinds: shape and type of each tensor of every stage.
         sent: what `send_stream` returned; None on the last stage.
         at_end: called when a backward pass through them is over.
     """
-    shapes: list[Any] = [None] * state.pipeline.size
-    mine = [(tuple(tensor.shape), tensor.dtype) for tensor in own]
-    with waiting("the stages of the pipeline to say what they have made"):
-        dist.all_gather_object(shapes, mine, group=state.pipeline.group)
     handle = _anchor() if sent is None else sent
-    flat = list(_Spread.apply(handle, state, shapes, at_end, *own))
+    flat = list(_Spread.apply(handle, state, kinds, at_end, *own))
     results = []
-    for stage in shapes:
+    for stage in kinds:
         results.append(flat[: len(stage)])
         flat = flat[len(stage) :]
     return results

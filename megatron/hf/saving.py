@@ -6,7 +6,6 @@ an earlier save has left there, and which would be read in place of these or bes
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import tempfile
@@ -16,7 +15,13 @@ from pathlib import Path
 from torch import Tensor
 
 from megatron.checkpoint.archive.writer import DeferredTensor, write_archive
-from megatron.checkpoint.safetensors_writer import TensorPlan, write_safetensors
+from megatron.checkpoint.safetensors_writer import (
+    TensorPlan,
+    file_names,
+    shards_of,
+    write_index,
+    write_safetensors,
+)
 from megatron.errors import ConfigError
 
 _UNITS = {"": 1, **{f"{p}B": 1000**n for n, p in enumerate(("", "K", "M", "G", "T"))}}
@@ -67,35 +72,13 @@ def _write_archives(
 ) -> None:
     """The same as files of `torch.save`, or several and an index."""
     stream = iter(tensors)
-    shards = list(_shards(plans, max_bytes))
-    files = ["pytorch_model.bin"]
-    if len(shards) > 1:
-        files = [
-            f"pytorch_model-{n:05d}-of-{len(shards):05d}.bin" for n in range(1, len(shards) + 1)
-        ]
-    for file, shard in zip(files, shards, strict=True):
+    shards = list(shards_of(plans, max_bytes))
+    files = dict(zip(file_names("pytorch_model", "bin", len(shards)), shards, strict=True))
+    for file, shard in files.items():
         tree = {
             plan.name: DeferredTensor(plan.shape, plan.dtype, lambda: next(stream))
             for plan in shard
         }
         write_archive(directory / file, tree)
-    if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": sum(plan.num_bytes for plan in plans)},
-            "weight_map": {
-                plan.name: file for file, shard in zip(files, shards, strict=True) for plan in shard
-            },
-        }
-        text = json.dumps(index, indent=2) + "\n"
-        (directory / "pytorch_model.bin.index.json").write_text(text, encoding="utf-8")
-
-
-def _shards(plans: Sequence[TensorPlan], max_bytes: int) -> Iterator[list[TensorPlan]]:
-    """Runs of tensors of at most so many bytes; one that is larger stands alone."""
-    shard: list[TensorPlan] = []
-    for plan in plans:
-        if shard and sum(each.num_bytes for each in (*shard, plan)) > max_bytes:
-            yield shard
-            shard = []
-        shard.append(plan)
-    yield shard
+    if len(files) > 1:
+        write_index(directory / "pytorch_model.bin.index.json", files)
