@@ -47,9 +47,9 @@ _LOGITS = {
     "ForCausalLM": NEXT_TOKEN,
     "ForConditionalGeneration": NEXT_TOKEN,
 }
+_NAMED_AT_MOST = 3
 # The bias of a masked-LM head with an output layer of its own: version 4 stores it once and uses it
 # for both names, version 5 has two.
-_NAMED_AT_MOST = 3
 _SECOND_BIAS = "cls.predictions.decoder.bias"
 
 
