@@ -40,6 +40,10 @@ class DataConfig:
     reset_attention_mask: bool = flag(
         "GPT: let no token look beyond the start of its document", default=False
     )
+    pack_sequences: bool = flag(
+        "BERT: lay a micro-batch's real tokens one behind the other and do no work on padding",
+        default=False,
+    )
     eod_mask_loss: bool = flag(
         "GPT: leave the prediction behind an end of a document out of the loss", default=False
     )

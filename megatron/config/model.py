@@ -176,11 +176,28 @@ class ModelConfig:
     fp32_residual_connection: bool = flag(
         "keep the residual stream of a half-precision model in float32", default=False
     )
+    fp8_format: str | None = flag(
+        "compute the products of the layers in 8 bits where the GPU can: e4m3 for all factors, or "
+        "hybrid with e5m2 for gradients",
+        default=None,
+        choices=("e4m3", "hybrid"),
+    )
+    fp8_recipe: str = flag(
+        "how 8-bit factors are scaled: by the largest value of the tensor at hand, or by that of "
+        "earlier steps",
+        default="tensorwise",
+        choices=("tensorwise", "delayed"),
+    )
+    fp8_amax_history_len: int = flag(
+        "steps whose largest values the delayed recipe looks back on",
+        default=16,
+        bounds="[1, inf)",
+    )
     attention_backend: str = flag(
-        "auto: PyTorch's fused attention; unfused: one operation after another, holding all "
-        "attention weights",
+        "auto: the fastest of PyTorch's fused attentions that can be used; flash, cudnn, "
+        "efficient: that one alone; unfused: one operation after another, holding all attention weights",
         default="auto",
-        choices=("auto", "unfused"),
+        choices=("auto", "flash", "cudnn", "efficient", "unfused"),
     )
     attention_softmax_in_fp32: bool = flag(
         "unfused attention of a half-precision model takes its softmax in float32, as the fused "

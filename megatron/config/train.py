@@ -90,6 +90,29 @@ class TrainConfig:
         "TensorBoard records held back before writing", default=1000, bounds="[1, inf)"
     )
 
+    kernels: str = flag(
+        "auto: the CUDA kernels on a GPU where they are built or can be, else PyTorch's "
+        "operators; cuda: the kernels, or an error; torch: PyTorch's; emulated: the kernels on "
+        "the CPU, thread by thread, slow, to try them; apex: PyTorch's with apex' norms and Adam, to compare",
+        default="auto",
+        choices=("auto", "cuda", "torch", "emulated", "apex"),
+        topic="Speed",
+    )
+    cuda_graphs: bool = flag(
+        "record a micro-batch's forward and backward pass once and replay it", default=False
+    )
+    compile: bool = flag(
+        "compile what lies between the matrix products with torch.compile where no kernel of this "
+        "project runs",
+        default=False,
+    )
+    cross_entropy_chunk: int | None = flag(
+        "tokens that the vocabulary is scored for at a time, in the backward pass once more: the "
+        "scores of a whole micro-batch are never held",
+        default=None,
+        bounds="[1, inf)",
+    )
+
     @property
     def profiled_iterations(self) -> range:
         """The iterations to profile, none by default."""

@@ -1,0 +1,232 @@
+// CUDA's threads on a CPU, so that kernels can be tried where there is no GPU.
+//
+// A block's threads are contexts that take turns on one thread of the machine: each runs until it
+// has to wait for others, at a barrier or an exchange within its warp. Blocks follow one another.
+// Which thread goes next is drawn at random (MEGATRON_EMULATOR_SEED), so that a kernel that leaves
+// out a barrier gives other results with another seed. A barrier that some threads of the block
+// never reach, and an exchange that lacks some lanes, are errors, and so is an access of 16 bytes
+// at an address that is not divisible by 16.
+//
+// Only what the kernels use is here.
+
+#pragma once
+
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __restrict__
+#define __launch_bounds__(...)
+#define __shared__ static
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct __half {
+  _Float16 value;
+  __half() = default;
+  explicit __half(float x) : value(static_cast<_Float16>(x)) {}
+  explicit operator float() const { return static_cast<float>(value); }
+};
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+  __nv_bfloat16() = default;
+  explicit __nv_bfloat16(float x) {
+    uint32_t wide;
+    std::memcpy(&wide, &x, 4);
+    // To the nearest, to even in a tie; a NaN stays one.
+    bits = std::isnan(x) ? 0x7fc0 : static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+  }
+  explicit operator float() const {
+    uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float x;
+    std::memcpy(&x, &wide, 4);
+    return x;
+  }
+};
+
+namespace emulator {
+
+constexpr int kLanes = 32;
+constexpr size_t kStack = 64 * 1024;
+constexpr int kDivergent = 716;  // as cudaErrorMisalignedAddress: something the kernel did
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulated kernel: %s\n", what);
+  std::abort();
+}
+
+enum class Waiting { kNot, kBlock, kWarp, kDone };
+
+struct Thread {
+  ucontext_t context;
+  dim3 index;
+  int number = 0;
+  Waiting waiting = Waiting::kNot;
+  uint64_t offered = 0;
+};
+
+struct State {
+  dim3 grid, block, block_index;
+  std::vector<Thread> threads;
+  std::vector<std::unique_ptr<char[]>> stacks;
+  std::vector<unsigned char> shared;
+  ucontext_t scheduler;
+  Thread* current = nullptr;
+  std::function<void()> body;
+  uint64_t random = 1;
+};
+
+inline State& state() {
+  static State the;
+  return the;
+}
+
+inline unsigned char* dynamic_shared() {
+  auto address = reinterpret_cast<uintptr_t>(state().shared.data());
+  return reinterpret_cast<unsigned char*>((address + 127) / 128 * 128);
+}
+
+inline void wait(Waiting what) {
+  Thread* me = state().current;
+  me->waiting = what;
+  swapcontext(&me->context, &state().scheduler);
+}
+
+inline void thread_main() {
+  state().body();
+  state().current->waiting = Waiting::kDone;
+  swapcontext(&state().current->context, &state().scheduler);
+}
+
+// Whether all of `count` threads from `first` on wait for the same; then they may go on.
+inline bool release(size_t first, size_t count, Waiting what) {
+  auto& threads = state().threads;
+  for (size_t i = first; i < first + count; i++)
+    if (threads[i].waiting != what) return false;
+  for (size_t i = first; i < first + count; i++) threads[i].waiting = Waiting::kNot;
+  return true;
+}
+
+inline size_t draw(size_t below) {
+  uint64_t& x = state().random;
+  x ^= x << 13, x ^= x >> 7, x ^= x << 17;
+  return x % below;
+}
+
+inline void run_block() {
+  auto& s = state();
+  size_t count = s.threads.size();
+  std::vector<size_t> order(count);
+  for (size_t i = 0; i < count; i++) {
+    order[i] = i;
+    Thread& thread = s.threads[i];
+    thread.number = static_cast<int>(i);
+    thread.index = dim3(i % s.block.x, i / s.block.x % s.block.y, i / (s.block.x * s.block.y));
+    thread.waiting = Waiting::kNot;
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = s.stacks[i].get();
+    thread.context.uc_stack.ss_size = kStack;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, thread_main, 0);
+  }
+  size_t done = 0;
+  while (done < count) {
+    bool moved = false;
+    for (size_t i = count - 1; i > 0; i--) std::swap(order[i], order[draw(i + 1)]);
+    for (size_t i : order) {
+      Thread& thread = s.threads[i];
+      if (thread.waiting != Waiting::kNot) continue;
+      moved = true;
+      s.current = &thread;
+      swapcontext(&s.scheduler, &thread.context);
+      if (thread.waiting == Waiting::kDone) done++;
+    }
+    bool released = release(0, count, Waiting::kBlock);
+    for (size_t first = 0; first < count; first += kLanes)
+      released |= release(first, std::min<size_t>(kLanes, count - first), Waiting::kWarp);
+    if (!moved && !released && done < count)
+      fail("some threads wait at a barrier that others never reach");
+  }
+}
+
+// Runs `body` as every thread of every block; returns 0.
+inline int run(std::function<void()> body, dim3 grid, dim3 block, size_t shared) {
+  auto& s = state();
+  const char* seed = std::getenv("MEGATRON_EMULATOR_SEED");
+  s.random = (seed ? std::strtoull(seed, nullptr, 10) : 0) * 0x9e3779b97f4a7c15ull + 0x2545f491;
+  s.grid = grid, s.block = block, s.body = std::move(body);
+  size_t count = static_cast<size_t>(block.x) * block.y * block.z;
+  if (count == 0 || count > 1024) return 9;  // cudaErrorInvalidConfiguration
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) return 9;
+  s.threads.resize(count);
+  while (s.stacks.size() < count) s.stacks.emplace_back(new char[kStack]);
+  // Shared memory is not zero at the start of a block: NaNs are.
+  s.shared.assign(shared + 256, 0xff);
+  for (unsigned z = 0; z < grid.z; z++)
+    for (unsigned y = 0; y < grid.y; y++)
+      for (unsigned x = 0; x < grid.x; x++) {
+        s.block_index = dim3(x, y, z);
+        std::memset(s.shared.data(), 0xff, s.shared.size());
+        run_block();
+      }
+  return 0;
+}
+
+template <typename T>
+T exchange(T value, int lane) {
+  static_assert(sizeof(T) <= 8);
+  auto& s = state();
+  Thread* me = s.current;
+  me->offered = 0;
+  std::memcpy(&me->offered, &value, sizeof(T));
+  wait(Waiting::kWarp);
+  int first = me->number / kLanes * kLanes;
+  T result;
+  std::memcpy(&result, &s.threads[first + lane].offered, sizeof(T));
+  wait(Waiting::kWarp);
+  return result;
+}
+
+}  // namespace emulator
+
+#define threadIdx (emulator::state().current->index)
+#define blockIdx (emulator::state().block_index)
+#define blockDim (emulator::state().block)
+#define gridDim (emulator::state().grid)
+
+inline void __syncthreads() { emulator::wait(emulator::Waiting::kBlock); }
+inline void __syncwarp(unsigned = ~0u) { emulator::wait(emulator::Waiting::kWarp); }
+
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask, int = emulator::kLanes) {
+  return emulator::exchange(value, (emulator::state().current->number % emulator::kLanes) ^ mask);
+}
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane, int = emulator::kLanes) {
+  return emulator::exchange(value, lane);
+}
+
+inline uint32_t __umulhi(uint32_t a, uint32_t b) {
+  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+}
+inline float __expf(float x) { return std::exp(x); }
+inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float __fdividef(float x, float y) { return x / y; }
+using std::max;
+using std::min;
