@@ -93,7 +93,8 @@ class TrainConfig:
     kernels: str = flag(
         "auto: the CUDA kernels on a GPU where they are built or can be, else PyTorch's "
         "operators; cuda: the kernels, or an error; torch: PyTorch's; emulated: the kernels on "
-        "the CPU, thread by thread, slow, to try them; apex: PyTorch's with apex' norms and Adam, to compare",
+        "the CPU, thread by thread, slow, to try them; apex: PyTorch's with apex' norms and "
+        "Adam, to compare",
         default="auto",
         choices=("auto", "cuda", "torch", "emulated", "apex"),
         topic="Speed",

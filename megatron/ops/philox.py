@@ -61,9 +61,7 @@ def kept(draw: Draw, shape: torch.Size, probability: float) -> Tensor:
 
 def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """The high and the low word of the product of two words; int64 has no room for all of it."""
-    upper, lower = (
-        (b >> 16) * a,
-        (b & 0xFFFF) * a,
-    )  # each below 2^48; the product is upper 2^16 + lower
+    # Each is below 2^48, and the product is upper 2^16 + lower.
+    upper, lower = (b >> 16) * a, (b & 0xFFFF) * a
     low_part = ((upper & 0xFFFF) << 16) + lower
     return (upper >> 16) + (low_part >> 32), low_part & _WORD
