@@ -276,10 +276,17 @@ class ColumnParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in] -> [..., out / t], or [..., out] gathered"""
-        y = linear(
-            x, self.weight, self.bias, grad_axis=self.axis, split_sequence=self.sequence_parallel
-        )
+        y = self._product(x, self.bias)
         return gather_from_tensor_region(y, self.axis) if self.gather_output else y
+
+    def without_bias(self, x: torch.Tensor) -> torch.Tensor:
+        """x A^T of this rank, for those who add the bias themselves: [..., in] -> [..., out / t]"""
+        return self._product(x, None)
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return linear(
+            x, self.weight, bias, grad_axis=self.axis, split_sequence=self.sequence_parallel
+        )
 
 
 class RowParallelLinear(nn.Module):
@@ -318,16 +325,19 @@ class RowParallelLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[s, ..., in / t], or [s, ..., in] where x is whole -> [s or s / t, ..., out]"""
+        if self.axis.size > 1:
+            y = self.without_bias(x)
+            return y if self.bias is None else y + self.bias
+        return linear(x, self.weight, self.bias)
+
+    def without_bias(self, x: torch.Tensor) -> torch.Tensor:
+        """x A^T, for those who add the bias themselves; shapes as of `forward`."""
         if not self.input_is_parallel:
             x = scatter_to_tensor_region(x, self.axis)
-        if self.axis.size == 1:
-            return linear(x, self.weight, self.bias)
         y = linear(x, self.weight, None)
         if self.sequence_parallel:
-            y = reduce_scatter_to_sequence_region(y, self.axis)
-        else:
-            y = reduce_from_tensor_region(y, self.axis)
-        return y if self.bias is None else y + self.bias
+            return reduce_scatter_to_sequence_region(y, self.axis)
+        return reduce_from_tensor_region(y, self.axis)
 
 
 def parallel_lm_logits(
