@@ -6,14 +6,15 @@ Letters: s sequence, b micro-batch, h hidden, f MLP width, t tensor size.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from megatron.config import Config
 from megatron.model.initial import init_methods
 from megatron.model.module import parameter_dtype
 from megatron.mpu import ColumnParallelLinear, ParallelState, RowParallelLinear
+from megatron.ops import kernels
 from megatron.ops.activation import ACTIVATIONS
+from megatron.ops.mlp import KINDS, bias_activation
 
 
 class ParallelMLP(nn.Module):
@@ -26,7 +27,8 @@ class ParallelMLP(nn.Module):
     def __init__(self, config: Config, state: ParallelState, name: str) -> None:
         super().__init__()
         self.is_gated = config.model.is_gated
-        self.activation = F.silu if config.model.swiglu else ACTIVATIONS[config.model.activation]
+        self.kind = "silu" if config.model.swiglu else config.model.activation
+        self.activation = ACTIVATIONS[self.kind]
         init, scaled_init = init_methods(config)
         h, f = config.model.hidden_size, config.model.ffn_size
         blocks = (f, f) if self.is_gated else (f,)
@@ -54,9 +56,21 @@ class ParallelMLP(nn.Module):
             sequence_parallel=split,
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[s, b, h] -> [s, b, h]; s / t positions with sequence parallelism"""
-        return self.dense_4h_to_h(self._activate(self.dense_h_to_4h(x)))
+    def forward(self, x: torch.Tensor, *, add_bias: bool = True) -> torch.Tensor:
+        """[s, b, h] -> [s, b, h]; s / t positions with sequence parallelism.
+
+        Without ``add_bias`` the bias of ``dense_4h_to_h`` is left to the caller.
+        """
+        hidden = self._widen(x)
+        return self.dense_4h_to_h(hidden) if add_bias else self.dense_4h_to_h.without_bias(hidden)
+
+    def _widen(self, x: torch.Tensor) -> torch.Tensor:
+        """The first product and the activation: [s, b, h] -> [s, b, f / t]"""
+        first = self.dense_h_to_4h
+        if kernels.active(x) and self.kind in KINDS:
+            product = first.without_bias(x)
+            return bias_activation(product, first.bias, self.kind, gated=self.is_gated)
+        return self._activate(first(x))
 
     def _activate(self, hidden: torch.Tensor) -> torch.Tensor:
         """[s, b, f / t], or [s, b, 2 f / t] where it is gated -> [s, b, f / t]"""
