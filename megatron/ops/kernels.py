@@ -68,9 +68,14 @@ def choose(choice: str, device: torch.device) -> str:
     if choice == "apex" and importlib.util.find_spec("apex") is None:
         raise ConfigError("--kernels apex: apex is not installed")
     _selected = _Selection(choice)
+    return description(device)
+
+
+def description(device: torch.device) -> str:
+    """In words, what runs for tensors on a device."""
     if _selected.library(device.type) is not None:
         return "CUDA kernels" if device.type == "cuda" else "CUDA kernels, emulated"
-    return "PyTorch's operators" + (" and apex'" if choice == "apex" else "")
+    return "PyTorch's operators" + (" and apex'" if _selected.choice == "apex" else "")
 
 
 def choice() -> str:

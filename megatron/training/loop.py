@@ -23,6 +23,7 @@ from megatron.data.loader import SampleDataset
 from megatron.errors import ConfigError
 from megatron.monitor import StepProfiler
 from megatron.mpu import ParallelState
+from megatron.ops import kernels
 from megatron.training import checkpoints
 from megatron.training.batches import evaluation_batches, training_batches
 from megatron.training.initialize import finalize, initialize, own_rank, world_size
@@ -185,6 +186,7 @@ def _greet(trainer: Trainer, reporter: Reporter, resumed: bool) -> None:
         f"x data {topology.data}; {trainer.num_micro_batches(ramp.full)} micro-batches "
         f"of {config.train.micro_batch_size} samples of {tokens} tokens"
     )
+    reporter.say(f"between matrix products: {kernels.description(trainer.state.device)}")
     if ramp.start < ramp.full:
         reporter.say(
             f"the global batch grows from {ramp.start} to {ramp.full} samples "
