@@ -18,13 +18,15 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 endif
 
-.PHONY: help install quickstart test parity parity-hf lint format
+.PHONY: help install quickstart test parity parity-hf kernels gpu-check lint format
 
 help:
 	@echo "make quickstart   train a small BERT on this machine and export it"
 	@echo "make test         run the tests"
 	@echo "make parity       compare 120 layouts drawn at random with one process (LAYOUTS, SEED)"
 	@echo "make parity-hf    compare 200 random models with transformers 4.34.0 (CASES, ON_RANKS, SEED)"
+	@echo "make kernels      registers, memory and spills of each CUDA kernel (ARCH); needs no GPU"
+	@echo "make gpu-check    build, test and measure on this GPU, in under 9 minutes (CHECK)"
 	@echo "make lint         check style, format and types"
 	@echo "make format       put the files into their format"
 	@echo "make install      only make the environment that the others use"
@@ -51,6 +53,16 @@ parity-hf: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m tests.hf.old.full --cases $(CASES) --layouts $(ON_RANKS) \
 		--seed $(SEED)
 
+ARCH := 70 80 90 100
+
+kernels: $(INSTALLED)
+	@$(PYTHON) tools/kernel_report.py --arch $(ARCH)
+
+# Whatever Python has PyTorch for the GPU is taken as it is; nothing is installed for it.
+# CHECK holds further options, such as `--only kernels` (python3 -m benchmarks.gpu.check --help).
+gpu-check:
+	@python3 -m benchmarks.gpu.check $(CHECK)
+
 lint: $(INSTALLED)
 	@$(LINT)
 
@@ -61,5 +73,5 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/data/
 	@echo "Installing into $(VENV): this takes a minute or two, once."
 	@test -x $(VENV)/bin/python || python3 -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt \
-		-e '.[dev,hf,plots,progress,sentencepiece,tensorboard]'
+		-e '.[dev,hf,kernels,plots,progress,sentencepiece,tensorboard]'
 	@touch $@
