@@ -46,15 +46,21 @@ def build_cuda(capability: tuple[int, int]) -> Path:
 def build_emulated() -> Path:
     """The library that runs the kernels on the CPU (`csrc/emulation/emulator.h`).
 
+    With MEGATRON_EMULATOR_CHECKED=1 in the environment every access to memory is checked by the
+    compiler's address sanitizer, which the process must be started with: LD_PRELOAD=libasan.so.
+
     Raises:
         BuildError: there is no C++ compiler, or it fails.
     """
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
         raise BuildError("a C++ compiler was not found: put g++ on the PATH or set CXX")
+    checked = os.environ.get("MEGATRON_EMULATOR_CHECKED") == "1"
+    checks = ["-fsanitize=address", "-O1"] if checked else []
     quiet = ["-Wno-unknown-pragmas", "-Wno-unused"]
     command = [compiler, "-std=c++17", "-O2", "-fPIC", "-DMEGATRON_EMULATED", "-xc++", *quiet]
-    return _build("emulated", command, [compiler, "-shared"])
+    kind = "checked" if checked else "emulated"
+    return _build(kind, [*command, *checks], [compiler, "-shared", *checks])
 
 
 def find_nvcc() -> str | None:
