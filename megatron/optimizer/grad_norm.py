@@ -2,7 +2,8 @@
 
 A float32 sum over tens of millions of squares loses three digits. The norms of short rows are
 exact to rounding, and there are few enough rows to combine them in float64; both together run at
-the speed of memory.
+the speed of memory. The kernel (`csrc/cuda/multi_tensor.cu`) goes over to float64 after a few
+squares already, and takes all tensors at once.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron.mpu.collectives import all_reduce
 from megatron.mpu.parallel_state import Axis, ParallelState
+from megatron.ops import kernels, multi_tensor
 from megatron.optimizer.flat_buffer import shard_spec
 from megatron.optimizer.layout import BUCKET_MULTIPLE
 
@@ -22,9 +24,12 @@ from megatron.optimizer.layout import BUCKET_MULTIPLE
 def sum_of_squares(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
     """Of all elements of this rank's ``tensors``, a float64 scalar on ``device``.
 
-    The tensors are flat, [n x 1024], on ``device``. Nothing waits for the device. The result is not
-    finite where any element is not.
+    The tensors are flat, [n x 1024], on ``device``, in float32 or float64. Nothing waits for the
+    device. The result is not finite where any element is not.
     """
+    tensors = list(tensors)
+    if tensors and all(kernels.active(tensor) for tensor in tensors):
+        return multi_tensor.sum_of_squares(tensors)
     squares = torch.zeros((), dtype=torch.float64, device=device)
     for tensor in tensors:
         rows = torch.linalg.vector_norm(tensor.view(-1, BUCKET_MULTIPLE), dim=1)

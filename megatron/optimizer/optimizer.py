@@ -4,8 +4,8 @@ A step, all of it on the device and on whole flat tensors::
 
     norm     of the gradient over the model, each tensor once, divided by the loss scale
     finite?  a norm that is not marks the step as skipped: no weight, moment or count changes
-    update   gradients are divided by loss scale and clipping factor inside the fused optimizer
-    round    half-precision parameters are copied from their float32 masters
+    update   gradients are divided by loss scale and clipping factor inside the fused rule
+    round    half-precision parameters are made from their float32 masters, by the kernel in passing
     gather   with the distributed optimizer: the other ranks' shards, beside the next forward
     scale    the loss scaler hears whether the step was skipped
 
@@ -32,11 +32,12 @@ from megatron.mpu.collectives import MAX, all_reduce, start_all_reduce
 from megatron.mpu.direct import Pending
 from megatron.mpu.parallel_state import Axis, ParallelState
 from megatron.mpu.shard_spec import ShardSpec
-from megatron.optimizer.flat_buffer import Shard, shard_spec
+from megatron.optimizer.flat_buffer import shard_spec
 from megatron.optimizer.gather import ParameterGather
 from megatron.optimizer.grad_norm import global_norm, parameter_count, sum_of_squares
 from megatron.optimizer.gradients import GradientBuffers
 from megatron.optimizer.loss_scaler import LossScaler, build_loss_scaler
+from megatron.optimizer.update import Stepped, build_update
 
 # Keeps the clipping factor finite for a gradient of zeros, as torch.nn.utils.clip_grad_norm_ does.
 NORM_EPSILON = 1e-6
@@ -66,28 +67,6 @@ class StepResult:
         return self._norm()
 
 
-@dataclass(frozen=True)
-class _Stepped:
-    """A shard of a flat buffer and the tensor that the optimizer updates for it.
-
-    ``weights`` shares the buffer's memory in float32 and float64 and is a float32 master of it in
-    half precision.
-    """
-
-    shard: Shard
-    weights: nn.Parameter
-
-    @classmethod
-    def of(cls, shard: Shard) -> _Stepped:
-        weights = nn.Parameter(shard.values.to(shard.gradients.dtype))
-        weights.grad = shard.gradients
-        return cls(shard, weights)
-
-    @property
-    def has_master(self) -> bool:
-        return self.weights.dtype != self.shard.buffer.values.dtype
-
-
 class Optimizer:
     """AdamW or SGD over this rank's shards of its chunks' flat buffers.
 
@@ -109,11 +88,8 @@ class Optimizer:
         self._clip = options.clip_grad
         self._scaler = scaler
         self._gather = gather
-        self._stepped = [_Stepped.of(shard) for shard in gradients.shards]
-        build = _build_adam if options.optimizer == "adam" else _build_sgd
-        self._fused = build(options, self._stepped)
-        # The fused kernels take their divisor in float32, too coarse for float64.
-        self._exact = any(s.weights.dtype == torch.float64 for s in self._stepped)
+        self._stepped = [Stepped.of(shard) for shard in gradients.shards]
+        self._update = build_update(options, self._stepped)
         # The ranks that together hold each element of the model once or, tied, a few times.
         self._whole = state.model if gather is None else _world(state)
         self._agreeing = _agreeing(gradients.shared, state, sharded=gather is not None)
@@ -134,17 +110,12 @@ class Optimizer:
         self.finish_gather()
         counted = (s.shard.gradients for s in self._stepped if s.shard.buffer.counted)
         squares = sum_of_squares(counted, self._state.device)
+        divisor = None
         if self._clip > 0 or not self._scaler.neutral:
-            result = self._decide_together(squares)
+            result, divisor = self._decide_together(squares)
         else:
             result = self._decide_by_stage(squares)
-        self._fused.found_inf = result.skipped.float()  # type: ignore[attr-defined]
-        for group in self._fused.param_groups:
-            group["lr"] = lr
-        self._fused.step()
-        for stepped in self._stepped:
-            if stepped.has_master:
-                stepped.shard.values.copy_(stepped.weights)
+        self._update.step(lr, result.skipped, divisor)
         if self._gather is not None:
             self._gather.start()
         self._scaler.update(result.skipped)
@@ -191,23 +162,24 @@ class Optimizer:
 
     def state_dict(self) -> dict[str, Any]:
         """The scalar state as plain numbers: steps taken and the loss scaler's."""
-        steps = self._step_counts()
-        return {
-            "steps": int(steps[0].item()) if steps else 0,
-            "loss_scaler": self._scaler.state_dict(),
-        }
+        return {"steps": self._update.steps(), "loss_scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from :meth:`state_dict`'s numbers."""
-        for count in self._step_counts():
-            count.fill_(state["steps"])
+        self._update.resume(state["steps"])
         self._scaler.load_state_dict(state["loss_scaler"])
 
-    def _decide_together(self, squares: Tensor) -> StepResult:
-        """Clip by the norm of the whole model, and skip the step everywhere or nowhere."""
+    def _decide_together(self, squares: Tensor) -> tuple[StepResult, Tensor]:
+        """Clip by the norm of the whole model, and skip the step everywhere or nowhere.
+
+        Also returns what to divide the gradients by: the loss scale and, where the norm is too
+        large, what brings it down to the clipping norm.
+        """
         norm = all_reduce(squares, self._whole).sqrt() / self.loss_scale
-        self._divide_gradients(norm)
-        return StepResult(~norm.isfinite(), lambda: norm)
+        divisor = self.loss_scale.double()
+        if self._clip > 0:
+            divisor = divisor * ((norm + NORM_EPSILON) / self._clip).clamp(min=1)
+        return StepResult(~norm.isfinite(), lambda: norm), divisor
 
     def _decide_by_stage(self, squares: Tensor) -> StepResult:
         """Skip the step where the holders of a tensor find it bad; the norm is for the report."""
@@ -219,27 +191,10 @@ class Optimizer:
         self._norm_under_way = total = start_all_reduce(squares, self._whole)
         return StepResult(bad > 0, lambda: total.wait().sqrt())
 
-    def _divide_gradients(self, norm: Tensor) -> None:
-        """Divide by the loss scale and, where the norm is too large, down to the clipping norm."""
-        divisor = self.loss_scale.double()
-        if self._clip > 0:
-            divisor = divisor * ((norm + NORM_EPSILON) / self._clip).clamp(min=1)
-        if not self._exact:
-            self._fused.grad_scale = divisor.float()  # type: ignore[attr-defined]
-            return
-        for stepped in self._stepped:
-            stepped.shard.gradients.div_(divisor)
-
-    def _flat_state(self, stepped: _Stepped) -> Iterator[tuple[str, Tensor]]:
-        for kind, flat in self._fused.state[stepped.weights].items():
-            if kind != "step":
-                yield kind, flat
+    def _flat_state(self, stepped: Stepped) -> Iterator[tuple[str, Tensor]]:
+        yield from self._update.state(stepped.weights).items()
         if stepped.has_master:
             yield "master", stepped.weights.detach()
-
-    def _step_counts(self) -> list[Tensor]:
-        states = (self._fused.state[stepped.weights] for stepped in self._stepped)
-        return [state["step"] for state in states if "step" in state]
 
 
 def build_optimizer(config: Config, chunks: Sequence[nn.Module], state: ParallelState) -> Optimizer:
@@ -274,52 +229,3 @@ def _agreeing(shared: Mapping[str, Axis], state: ParallelState, *, sharded: bool
     members are among its own.
     """
     return [state.tensor, *([state.data] if sharded else []), *list(shared.values())[:1]]
-
-
-def _build_adam(options: OptimizerConfig, stepped: Sequence[_Stepped]) -> torch.optim.Optimizer:
-    adam = torch.optim.AdamW(
-        _parameter_groups(options, stepped),
-        lr=options.lr,
-        betas=(options.adam_beta1, options.adam_beta2),
-        eps=options.adam_eps,
-        fused=True,
-    )
-    for each in stepped:
-        adam.state[each.weights] = {
-            "step": torch.zeros((), dtype=torch.float32, device=each.weights.device),
-            "exp_avg": torch.zeros_like(each.weights, requires_grad=False),
-            "exp_avg_sq": torch.zeros_like(each.weights, requires_grad=False),
-        }
-    return adam
-
-
-def _build_sgd(options: OptimizerConfig, stepped: Sequence[_Stepped]) -> torch.optim.Optimizer:
-    sgd = torch.optim.SGD(
-        _parameter_groups(options, stepped),
-        lr=options.lr,
-        momentum=options.sgd_momentum,
-        fused=True,
-    )
-    if options.sgd_momentum > 0:
-        # A buffer that torch makes by itself in a skipped first step is left uninitialised.
-        for each in stepped:
-            zeros = torch.zeros_like(each.weights, requires_grad=False)
-            sgd.state[each.weights] = {"momentum_buffer": zeros}
-    return sgd
-
-
-def _parameter_groups(
-    options: OptimizerConfig, stepped: Sequence[_Stepped]
-) -> list[dict[str, Any]]:
-    """One group for what is decayed and one for the rest, be they empty.
-
-    A pipeline stage without layers has nothing to update, and steps all the same.
-    """
-    decays = {True: options.weight_decay, False: 0.0}
-    return [
-        {
-            "params": [s.weights for s in stepped if s.shard.buffer.traits.decayed is decayed],
-            "weight_decay": decay,
-        }
-        for decayed, decay in decays.items()
-    ]
