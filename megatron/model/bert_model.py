@@ -56,8 +56,12 @@ class BertLMHead(nn.Module):
 
     def forward(self, hidden: torch.Tensor, word_embeddings: torch.Tensor) -> torch.Tensor:
         """[..., h], [v / t, h] -> [..., v / t]"""
-        hidden = self.layernorm(self.activation(self.dense(hidden)))
-        return parallel_lm_logits(hidden, word_embeddings, self.axis, self.bias)
+        return parallel_lm_logits(self.transformed(hidden), word_embeddings, self.axis, self.bias)
+
+    def transformed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the word embeddings score tokens from: [..., h] -> [..., h]"""
+        normed: torch.Tensor = self.layernorm(self.activation(self.dense(hidden)))
+        return normed
 
 
 class BertModel(MegatronModule):
@@ -145,9 +149,9 @@ class BertModel(MegatronModule):
             # All ranks go on with the same masked positions, hence have the same gradient.
             hidden = gather_from_sequence_region(hidden, self.state.tensor, whole_gradient=True)
         hidden = _at_positions(hidden, masked_positions)
-        logits = self.lm_head(hidden, self.output_weight())
+        scored = self.loss_or_logits(self.lm_head.transformed(hidden), lm_labels, self.lm_head.bias)
         binary_logits = None if self.binary_head is None else self.binary_head(pooled)
-        return self.loss_or_logits(logits, lm_labels), binary_logits
+        return scored, binary_logits
 
 
 def _at_positions(hidden: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:

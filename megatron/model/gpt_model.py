@@ -16,7 +16,7 @@ from megatron.config import Config
 from megatron.model.language_model import TransformerLanguageModel, get_language_model
 from megatron.model.module import Float16Module, MegatronModule, in_half
 from megatron.model.output_layer import OutputLayer, scaled
-from megatron.mpu import ParallelState, Stage, parallel_lm_logits
+from megatron.mpu import ParallelState, Stage
 from megatron.ops.attention import AttentionMask
 
 
@@ -85,16 +85,12 @@ class GPTModel(MegatronModule):
         hidden = self.language_model(input_ids, position_ids, mask).stream
         if not self.post_process:
             return hidden
-        logits = parallel_lm_logits(
+        scored = self.loss_or_logits(
             scaled(hidden, self.config),
-            self.output_weight(),
-            self.state.tensor,
-            None,
-            sequence_parallel=self.config.parallel.sequence_parallel,
-        )  # [s, b, v / t]
-        if labels is None:
-            return self.loss_or_logits(logits.transpose(0, 1), None)
-        return self.loss_or_logits(logits, labels.t()).t()
+            None if labels is None else labels.t(),
+            split_sequence=self.config.parallel.sequence_parallel,
+        )
+        return scored.transpose(0, 1)
 
 
 def build_gpt(config: Config, state: ParallelState, stage: Stage) -> MegatronModule | Float16Module:

@@ -23,6 +23,8 @@ from megatron.mpu import (
     Stage,
     VocabParallelEmbedding,
     gather_from_tensor_region,
+    linear_cross_entropy,
+    parallel_lm_logits,
     vocab_parallel_cross_entropy,
 )
 from megatron.mpu.collectives import all_reduce
@@ -138,20 +140,40 @@ class MegatronModule(nn.Module):
         layer = getattr(self, "output_layer", None)
         return self.word_embeddings_weight() if layer is None else layer.weight
 
-    def loss_or_logits(self, logits: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
-        """The loss of each label, or without labels the logits, split as the model says.
+    def loss_or_logits(
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor | None,
+        bias: torch.Tensor | None = None,
+        *,
+        split_sequence: bool = False,
+    ) -> torch.Tensor:
+        """Score tokens: the loss of each label, or without labels the logits.
 
-        [..., v / t], i64[...] -> [...] in float32 or wider, or [..., v / t], or the
-        [..., true vocabulary] of all ranks.
+        Args:
+            hidden: [..., h], the same on all tensor ranks; with ``split_sequence`` [s / t, ..., h].
+            labels: i64[...], of the whole sequence.
+            bias: [v / t], of each token's score.
+
+        Returns:
+            [...] in float32 or wider; or [..., v / t] or, without ``parallel_output``,
+            [..., true vocabulary].
         """
-        vocab_size = _known_vocab_size(self.config)
-        if labels is not None:
-            return vocab_parallel_cross_entropy(
-                logits, labels, self.state.tensor, vocab_size, overwrite=True
+        vocab_size, axis = _known_vocab_size(self.config), self.state.tensor
+        weight = self.output_weight()
+        chunk = self.config.train.cross_entropy_chunk
+        if labels is not None and chunk is not None:
+            return linear_cross_entropy(
+                *(hidden, weight, bias, labels, axis, vocab_size),
+                chunk=chunk,
+                split_sequence=split_sequence,
             )
+        logits = parallel_lm_logits(hidden, weight, axis, bias, sequence_parallel=split_sequence)
+        if labels is not None:
+            return vocab_parallel_cross_entropy(logits, labels, axis, vocab_size, overwrite=True)
         if self.parallel_output:
             return logits
-        return gather_from_tensor_region(logits, self.state.tensor)[..., :vocab_size]
+        return gather_from_tensor_region(logits, axis)[..., :vocab_size]
 
     def state_dict_for_save_checkpoint(self) -> dict[str, torch.Tensor]:
         """This rank's tensors by global name; a copy that belongs to another stage is left out."""

@@ -24,21 +24,19 @@ from megatron.model.module import (
     to_stream,
 )
 from megatron.model.output_layer import OutputLayer, scaled
-from megatron.mpu import ParallelState, ShardSpec, Stage, parallel_lm_logits
+from megatron.mpu import ParallelState, ShardSpec, Stage
 from megatron.mpu.init import zeros
 from megatron.ops.attention import AttentionMask, padding_mask
 
 
 class T5LMHead(nn.Module):
-    """A bias for each token, split along the vocabulary; the weights are given.
+    """A bias for each token's score, split along the vocabulary; the weights are elsewhere.
 
     Without biases in linear layers there is none here.
     """
 
     def __init__(self, config: Config, state: ParallelState, name: str) -> None:
         super().__init__()
-        self.axis = state.tensor
-        self.sequence_parallel = config.parallel.sequence_parallel
         vocab_size = config.model.vocab_size
         assert vocab_size is not None, "the vocabulary's size is set from the tokenizer"
         padded = config.model.padded_vocab_size(state.tensor.size)
@@ -46,12 +44,6 @@ class T5LMHead(nn.Module):
         if not config.model.disable_bias_linear:
             spec = ShardSpec(f"{name}.bias", (vocab_size,), dim=0, padded=padded)
             self.bias = new_parameter(config, state, spec, zeros)
-
-    def forward(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """[d or d / t, b, h], [v / t, h] -> [d, b, v / t]"""
-        return parallel_lm_logits(
-            hidden, weight, self.axis, self.bias, sequence_parallel=self.sequence_parallel
-        )
 
 
 class T5Model(MegatronModule):
@@ -142,11 +134,13 @@ class T5Model(MegatronModule):
         )
         if self.lm_head is None or output_enc_hidden:
             return to_stream(hidden.to_send(), self.config)
-        stream = scaled(hidden.stream, self.config)
-        logits = self.lm_head(stream, self.output_weight())  # [d, b, v / t]
-        if lm_labels is None:
-            return self.loss_or_logits(logits.transpose(0, 1), None)
-        return self.loss_or_logits(logits, lm_labels.t()).t()
+        scored = self.loss_or_logits(
+            scaled(hidden.stream, self.config),
+            None if lm_labels is None else lm_labels.t(),
+            self.lm_head.bias,
+            split_sequence=self.config.parallel.sequence_parallel,
+        )
+        return scored.transpose(0, 1)
 
 
 def build_t5(config: Config, state: ParallelState, stage: Stage) -> MegatronModule | Float16Module:

@@ -42,6 +42,7 @@ from megatron.mpu.layers import (
     VocabParallelEmbedding,
     parallel_lm_logits,
 )
+from megatron.mpu.linear_cross_entropy import linear_cross_entropy
 from megatron.mpu.parallel_state import Axis, ParallelState
 from megatron.mpu.recompute import recompute
 from megatron.mpu.shard_spec import Rectangle, ShardSpec
@@ -83,6 +84,7 @@ __all__ = [
     "is_pipeline_last_stage",
     "is_rank_in_embedding_group",
     "is_rank_in_position_embedding_group",
+    "linear_cross_entropy",
     "model_parallel_is_initialized",
     "parallel_lm_logits",
     "recompute",
