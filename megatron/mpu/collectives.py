@@ -18,6 +18,7 @@ import torch.distributed as dist
 from megatron.mpu import direct
 from megatron.mpu.direct import Pending, wait_for
 from megatron.mpu.parallel_state import Axis
+from megatron.mpu.staging import goes_through_host, on_host, staged
 from megatron.mpu.watchdog import waiting
 
 SUM = dist.ReduceOp.SUM
@@ -27,8 +28,9 @@ MAX = dist.ReduceOp.MAX
 def all_reduce(tensor: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = SUM) -> torch.Tensor:
     """Reduce ``tensor`` over the axis in place and return it."""
     if axis.size > 1:
-        with waiting(wait_for("an all-reduce", axis)):
-            dist.all_reduce(tensor, op=op, group=axis.group)
+        what = wait_for("an all-reduce", axis)
+        with waiting(what), staged(tensor, axis.group) as exchanged:
+            dist.all_reduce(exchanged, op=op, group=axis.group)
     return tensor
 
 
@@ -38,15 +40,21 @@ def start_all_reduce(
     """Begin to reduce ``tensor`` in place."""
     if axis.size == 1:
         return Pending(tensor)
+    what = wait_for("an all-reduce", axis)
+    if goes_through_host(tensor, axis.group):
+        host = on_host(tensor)
+        work = dist.all_reduce(host, op=op, group=axis.group, async_op=True)
+        return Pending(tensor, [work], what=what, finish=lambda: tensor.detach().copy_(host))
     work = dist.all_reduce(tensor, op=op, group=axis.group, async_op=True)
-    return Pending(tensor, [work], what=wait_for("an all-reduce", axis))
+    return Pending(tensor, [work], what=what)
 
 
 def broadcast(tensor: torch.Tensor, axis: Axis, source: int = 0) -> torch.Tensor:
     """Copy the tensor of the axis' ``source``-th rank to all of them, in place."""
     if axis.size > 1:
-        with waiting(wait_for(f"a broadcast of rank {axis.ranks[source]}", axis)):
-            dist.broadcast(tensor, src=axis.ranks[source], group=axis.group)
+        what = wait_for(f"a broadcast of rank {axis.ranks[source]}", axis)
+        with waiting(what), staged(tensor, axis.group) as exchanged:
+            dist.broadcast(exchanged, src=axis.ranks[source], group=axis.group)
     return tensor
 
 

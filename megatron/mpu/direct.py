@@ -3,6 +3,7 @@
 Every rank sends each other one its part at once, and sums what it receives in the order of the
 ranks. That moves what the algorithm needs, 1 - 1/size of a tensor in and out of each rank, where
 gloo's own reduce-scatter moves several times as much; and the order of the sum is always the same.
+Tensors of an accelerator are exchanged in the host's memory (`megatron.mpu.staging`).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.mpu.parallel_state import Axis
+from megatron.mpu.staging import goes_through_host, on_host, room_on_host, uses_gloo
 from megatron.mpu.watchdog import What, waiting
 
 
@@ -40,7 +42,7 @@ class Pending:
         *,
         what: What = "",
         held: object = None,
-        finish: Callable[[], None] | None = None,
+        finish: Callable[[], object] | None = None,
     ) -> None:
         self._result = result
         self._works = works
@@ -62,11 +64,35 @@ class Pending:
 
 def is_better(axis: Axis) -> bool:
     """Whether the axis communicates by gloo."""
-    return axis.group is not None and dist.get_backend(axis.group) == "gloo"
+    return uses_gloo(axis.group)
 
 
 def start_all_gather(tensor: torch.Tensor, axis: Axis, out: torch.Tensor) -> Pending:
     """[n, ...] on each rank -> ``out`` [n * size, ...]."""
+    if goes_through_host(tensor, axis.group):
+        return _on_host(_start_all_gather, tensor, axis, out)
+    return _start_all_gather(tensor, axis, out)
+
+
+def start_reduce_scatter(tensor: torch.Tensor, axis: Axis, out: torch.Tensor) -> Pending:
+    """[n * size, ...] on each rank -> ``out`` [n, ...], this rank's part of the sum."""
+    if goes_through_host(tensor, axis.group):
+        return _on_host(_start_reduce_scatter, tensor, axis, out)
+    return _start_reduce_scatter(tensor, axis, out)
+
+
+def _on_host(
+    start: Callable[[torch.Tensor, Axis, torch.Tensor], Pending],
+    tensor: torch.Tensor,
+    axis: Axis,
+    out: torch.Tensor,
+) -> Pending:
+    """``start`` on copies in the host's memory; what comes of it goes to ``out``."""
+    under_way = start(on_host(tensor), axis, room_on_host(out))
+    return Pending(out, finish=lambda: out.detach().copy_(under_way.wait()))
+
+
+def _start_all_gather(tensor: torch.Tensor, axis: Axis, out: torch.Tensor) -> Pending:
     pieces = out.chunk(axis.size)
     own = pieces[axis.rank]
     works = _exchange(axis, [tensor] * axis.size, list(pieces))
@@ -75,8 +101,7 @@ def start_all_gather(tensor: torch.Tensor, axis: Axis, out: torch.Tensor) -> Pen
     return Pending(out, works, what=wait_for("an all-gather", axis), held=tensor)
 
 
-def start_reduce_scatter(tensor: torch.Tensor, axis: Axis, out: torch.Tensor) -> Pending:
-    """[n * size, ...] on each rank -> ``out`` [n, ...], this rank's part of the sum."""
+def _start_reduce_scatter(tensor: torch.Tensor, axis: Axis, out: torch.Tensor) -> Pending:
     pieces = list(tensor.chunk(axis.size))
     received = [torch.empty_like(pieces[0]) for _ in range(axis.size)]
     received[axis.rank] = pieces[axis.rank]

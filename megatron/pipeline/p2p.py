@@ -13,7 +13,8 @@ Where a rank opens a receive and starts a send at the same point, they are not b
 call: a batch is one kernel, which ends when the slowest of its messages has. On communicators of
 their own, each on a stream of its own, they run at the same time and end one by one.
 
-With NCCL `wait` makes the device's stream wait, not the host. Buffers for receives come from
+With NCCL `wait` makes the device's stream wait, not the host. Over gloo an accelerator's tensors
+pass through the host's memory (`megatron.mpu.staging`). Buffers for receives come from
 torch's allocator each time: it hands out a freed buffer again exactly when nothing refers to it any
 longer, which only it can know, since autograd may keep views of an activation or a gradient.
 """
@@ -29,6 +30,7 @@ import torch
 import torch.distributed as dist
 
 from megatron.mpu.parallel_state import ParallelState
+from megatron.mpu.staging import goes_through_host, on_host, room_on_host, staged
 from megatron.mpu.watchdog import waiting
 from megatron.pipeline.actions import Kind
 from megatron.pipeline.messages import Edge, Message
@@ -87,19 +89,23 @@ class Exchange:
                 continue
             peer = self._global_rank(edge.target if here == edge.source else edge.source)
             exchange = dist.send if here == edge.source else dist.recv
+            group = self._group(edge)
             words = f"rank {self._state.rank} waits to connect to rank {peer}"
             try:
-                with waiting(words):
-                    exchange(token, peer, group=self._group(edge))
+                with waiting(words), staged(token, group) as exchanged:
+                    exchange(exchanged, peer, group=group)
             except RuntimeError as error:
                 raise PipelineError(f"{words}: {_cause(error)}") from error
 
     def post(self, message: Message) -> None:
         """Open the receive of `message`."""
         edge, spec = message.edge, self._spec(message)
+        group = self._group(edge)
         buffer = torch.empty(spec.shape, dtype=spec.dtype, device=self._state.device)
+        if goes_through_host(buffer, group):
+            buffer = room_on_host(buffer)
         try:
-            work = dist.irecv(buffer, self._global_rank(edge.source), group=self._group(edge))
+            work = dist.irecv(buffer, self._global_rank(edge.source), group=group)
         except RuntimeError as error:
             raise self._failure(message, error) from error
         assert work is not None
@@ -115,7 +121,7 @@ class Exchange:
             return self._local.pop(message)
         work, buffer = self._incoming.pop(message)
         self._wait(message, work)
-        return buffer
+        return buffer.to(self._state.device)
 
     def send(self, message: Message, tensor: torch.Tensor) -> None:
         """Start sending `tensor`, which must not be changed afterwards.
@@ -133,10 +139,12 @@ class Exchange:
                 f"stage {message.producer.stage} made {message} as {found.dtype} "
                 f"{list(found.shape)}; the pipeline carries {spec.dtype} {list(spec.shape)}"
             )
-        edge, tensor = message.edge, tensor.contiguous()
+        edge = message.edge
+        group = self._group(edge)
+        tensor = on_host(tensor) if goes_through_host(tensor, group) else tensor.contiguous()
         self._settle(edge)
         try:
-            work = dist.isend(tensor, self._global_rank(edge.target), group=self._group(edge))
+            work = dist.isend(tensor, self._global_rank(edge.target), group=group)
         except RuntimeError as error:
             raise self._failure(message, error) from error
         assert work is not None

@@ -17,6 +17,7 @@ from megatron.config import Config
 from megatron.errors import ConfigError
 from megatron.mpu import ParallelState, Topology, install
 from megatron.mpu.watchdog import group_timeout, start_watchdog, stop_watchdog
+from megatron.ops import compiled, kernels
 
 _PR_SET_PDEATHSIG = 1  # in Linux' sys/prctl.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # in glibc's malloc.h
@@ -36,24 +37,32 @@ def own_rank() -> int:
 def choose_device(config: Config) -> torch.device:
     """This rank's device: the accelerator of its local number, or the CPU.
 
-    Raises ConfigError where the backend does not fit the device.
+    Over gloo, which can do it, ranks beyond the number of accelerators share these. Raises
+    ConfigError where the backend does not fit the device, or --cuda-graphs has none.
     """
     backend = config.parallel.distributed_backend
     if config.parallel.use_cpu or not torch.accelerator.is_available():
         if backend == "nccl":
             raise ConfigError("--distributed-backend nccl needs a GPU; leave it out on a CPU")
-        return torch.device("cpu")
-    if backend == "gloo":
-        raise ConfigError("--distributed-backend gloo runs on the CPU: add --use-cpu")
+        device = torch.device("cpu")
+    else:
+        device = _own_accelerator(backend)
+    if config.train.cuda_graphs and device.type != "cuda":
+        raise ConfigError(f"--cuda-graphs needs a GPU, the run is on {device.type}")
+    return device
+
+
+def _own_accelerator(backend: str | None) -> torch.device:
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.accelerator.device_count():
+    count, local_rank = torch.accelerator.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= count and backend != "gloo":
         raise ConfigError(
-            f"{torch.accelerator.device_count()} {accelerator.type} devices are here, "
-            f"and torchrun started a rank {local_rank} for one more: lower --nproc-per-node"
+            f"{count} {accelerator.type} devices are here, and torchrun started a rank "
+            f"{local_rank} for one more: lower --nproc-per-node, or have them share a device "
+            "with --distributed-backend gloo"
         )
-    return torch.device(accelerator.type, local_rank)
+    return torch.device(accelerator.type, local_rank % count)
 
 
 def rank_grid(config: Config, world_size: int) -> Topology:
@@ -75,15 +84,18 @@ def initialize(config: Config) -> ParallelState:
     if device.type == "cpu":
         keep_freed_memory()
     else:
+        let_segments_expand(device)
         torch.accelerator.set_device_index(device.index)
     parallel, world = config.parallel, world_size()
     limit = timedelta(minutes=parallel.distributed_timeout_minutes)
     timeout = group_timeout(limit)
     if world > 1 and not dist.is_initialized():
-        on_device = None if device.type == "cpu" else device
         backend = parallel.distributed_backend or dist.get_default_backend_for_device(device)
+        on_device = None if device.type == "cpu" or backend == "gloo" else device
         dist.init_process_group(backend, timeout=timeout, device_id=on_device)
         start_watchdog(own_rank(), limit, device)
+    kernels.choose(config.train.kernels, device)
+    compiled.enable(config.train.compile)
     state = install(ParallelState.create(rank_grid(config, world), device=device, timeout=timeout))
     _seed_everything(config.train.seed)
     return state
@@ -109,6 +121,21 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux" and hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
         library.mallopt(_M_TRIM_THRESHOLD, _INT_MAX)
+
+
+def let_segments_expand(device: torch.device) -> None:
+    """Has PyTorch's allocator map memory into segments that grow, unless the user has set it up.
+
+    Blocks of many sizes then leave no gaps that nothing fits into. To be called before the device
+    is first used; elsewhere than on an NVIDIA GPU nothing happens.
+    """
+    if device.type != "cuda" or torch.version.cuda is None:
+        return
+    if any(name in os.environ for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")):
+        return
+    # PyTorch reads the variables as it is loaded; what has changed its name takes settings later.
+    change = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (change or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
 def _seed_everything(seed: int) -> None:
