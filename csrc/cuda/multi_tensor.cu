@@ -12,7 +12,7 @@
 namespace megatron {
 namespace {
 
-constexpr int kMostBlocks = 8192;  // of one launch, so that the second stage stays small
+constexpr int kMostBlocks = 4096;  // of one launch, so that the second stage stays small
 constexpr int kAdding = 512;       // threads of the second stage
 
 // All loads of a thread's share of a tile come before the first use; what is beyond the end is 0.
