@@ -14,7 +14,6 @@ from megatron.mpu import (
     ShardSpec,
     Topology,
     VocabParallelEmbedding,
-    vocab_parallel_cross_entropy,
 )
 from megatron.mpu.init import create_parameter, normal
 from megatron.mpu.parallel_state import Axis
@@ -154,48 +153,6 @@ def _embedding(tensor: int, vocab: int, padded: int, main_grad: bool) -> None:
 @pytest.mark.parametrize("tensor", SIZES)
 def test_embedding_equals_torch(tensor: int, vocab: int, padded: int, main_grad: bool) -> None:
     run_distributed(tensor, _embedding, tensor, vocab, padded, main_grad)
-
-
-def _cross_entropy(tensor: int, vocab: int, padded: int) -> None:
-    state = _state(tensor)
-    generator = torch.Generator().manual_seed(8)
-    # Large logits: a softmax that is not shifted by the maximum overflows.
-    whole = 300 * torch.randn(4, 5, padded, dtype=DTYPE, generator=generator)
-    target = torch.randint(vocab, (4, 5), generator=generator)
-    columns = padded // tensor
-    mine = slice(state.tensor.rank * columns, (state.tensor.rank + 1) * columns)
-    logits = whole[..., mine].clone().requires_grad_()
-    before = logits.detach().clone()
-    weight = torch.rand(4, 5, dtype=DTYPE, generator=generator)
-    loss = vocab_parallel_cross_entropy(logits, target, state.tensor, vocab)
-    (loss * weight).sum().backward()
-
-    reference = whole[..., :vocab].clone().requires_grad_()
-    expected = F.cross_entropy(reference.flatten(0, 1), target.flatten(), reduction="none")
-    (expected.view(4, 5) * weight).sum().backward()
-    torch.testing.assert_close(loss, expected.view(4, 5), rtol=1e-12, atol=1e-12)
-    assert reference.grad is not None
-    padding = torch.zeros(4, 5, padded - vocab, dtype=DTYPE)
-    grad = torch.cat([reference.grad, padding], dim=-1)[..., mine]
-    torch.testing.assert_close(logits.grad, grad, rtol=1e-12, atol=1e-12)
-    assert torch.equal(logits, before)
-
-
-@pytest.mark.parametrize(("vocab", "padded"), [(16, 16), (13, 16), (3, 8)])
-@pytest.mark.parametrize("tensor", SIZES)
-def test_cross_entropy_equals_torch(tensor: int, vocab: int, padded: int) -> None:
-    run_distributed(tensor, _cross_entropy, tensor, vocab, padded)
-
-
-@distributed(2)
-def test_half_precision_loss_is_computed_in_float32() -> None:
-    state = _state(2)
-    logits = torch.full((2, 4), 1000.0, dtype=torch.bfloat16, requires_grad=True)
-    loss = vocab_parallel_cross_entropy(logits, torch.tensor([0, 7]), state.tensor, 8)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, torch.full((2,), 8.0).log())
-    loss.sum().backward()
-    assert logits.grad is not None and logits.grad.dtype == torch.bfloat16
 
 
 @distributed(2)
