@@ -20,7 +20,7 @@ Letters: s sequence, b micro-batch, h hidden, n any leading dims flattened, t te
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,10 +38,12 @@ from megatron.mpu.collectives import (
     start_reduce_scatter,
 )
 from megatron.mpu.deferral import current_deferral
+from megatron.mpu.fp8 import Fp8Products, Fp8Recipe
 from megatron.mpu.init import InitMethod, create_parameter, zeros
 from megatron.mpu.parallel_state import Axis, ParallelState
+from megatron.mpu.products import PLAIN, Products, flatten
 from megatron.mpu.shard_spec import ShardSpec
-from megatron.ops.matmul import add_product, linear_product, product
+from megatron.ops.embedding import add_rows
 
 
 def _new(
@@ -50,23 +52,27 @@ def _new(
     return create_parameter(spec, state.tensor, init_method, dtype=dtype, device=state.device)
 
 
-def _flatten(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.reshape(-1, tensor.size(-1))
-
-
 def _weight_gradient(
-    weight: torch.Tensor, grad_output: torch.Tensor, total_input: torch.Tensor
+    products: Products,
+    weight: torch.Tensor,
+    factor: Any,
+    held: Sequence[torch.Tensor],
+    gathered: torch.Tensor | None,
 ) -> torch.Tensor | None:
     """grad_output^T input [out, in]: added into ``main_grad`` where there is one, else returned."""
     main_grad = getattr(weight, "main_grad", None)
     if main_grad is None:
-        return product(grad_output.t(), total_input)
-    add_product(main_grad, grad_output.t(), total_input)
+        return products.weight_gradient(factor, held, gathered)
+    products.add_weight_gradient(main_grad, factor, held, gathered)
     return None
 
 
 def _leave_weight_gradient(
-    weight: nn.Parameter, grad_output: torch.Tensor, x: torch.Tensor, gather_axis: Axis | None
+    products: Products,
+    weight: nn.Parameter,
+    factor: Any,
+    held: Sequence[torch.Tensor],
+    gather_axis: Axis | None,
 ) -> bool:
     """Defer the weight's gradient where the backward pass is split; whether it was."""
     deferred = current_deferral()
@@ -74,8 +80,8 @@ def _leave_weight_gradient(
         return False
 
     def product() -> None:
-        total_input = x if gather_axis is None else all_gather(x, gather_axis)
-        gradient = _weight_gradient(weight, grad_output, _flatten(total_input))
+        gathered = None if gather_axis is None else all_gather(held[0], gather_axis)
+        gradient = _weight_gradient(products, weight, factor, held, gathered)
         if gradient is not None:
             weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
 
@@ -98,32 +104,39 @@ class _Linear(torch.autograd.Function):
         bias: torch.Tensor | None,
         grad_axis: Axis | None,
         split_sequence: bool,
+        products: Products,
+        differentiated: bool,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.grad_axis, ctx.split_sequence = grad_axis, split_sequence
-        if split_sequence:
-            assert grad_axis is not None
-            x = all_gather(x, grad_axis)
-        return linear_product(x, weight, bias)
+        ctx.grad_axis, ctx.split_sequence, ctx.products = grad_axis, split_sequence, products
+        gather_axis = grad_axis if split_sequence else None
+        y, held = products.forward(x, weight, bias, gather_axis, differentiated=differentiated)
+        ctx.save_for_backward(weight, *held)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[Any, ...]:
-        x, weight = ctx.saved_tensors
-        need_input, need_weight, need_bias, _, _ = ctx.needs_input_grad
-        gather_axis = ctx.grad_axis if ctx.split_sequence else None
-        grads = _flatten(grad_output)
+        weight, *held = ctx.saved_tensors
+        need_input, need_weight, need_bias = ctx.needs_input_grad[:3]
+        products, gather_axis = ctx.products, ctx.grad_axis if ctx.split_sequence else None
+        grads = flatten(grad_output)
         grad_weight = gathered = finish = None
-        deferred = need_weight and _leave_weight_gradient(weight, grads, x, gather_axis)
+        for_input, for_weight = products.factors(
+            grads, need_input=need_input, need_weight=need_weight
+        )
+        deferred = need_weight and _leave_weight_gradient(
+            products, weight, for_weight, held, gather_axis
+        )
         if need_weight and not deferred and gather_axis is not None:
-            gathered = start_all_gather(x, gather_axis)
+            gathered = start_all_gather(held[0], gather_axis)
         if need_input:
-            finish = _start_input_gradient(ctx, product(grads, weight), grad_output)
+            grad_input = products.input_gradient(for_input, weight, held)
+            finish = _start_input_gradient(ctx, grad_input, grad_output)
         if need_weight and not deferred:
-            total_input = x if gathered is None else gathered.wait()
-            grad_weight = _weight_gradient(weight, grads, _flatten(total_input))
+            whole = None if gathered is None else gathered.wait()
+            grad_weight = _weight_gradient(products, weight, for_weight, held, whole)
         grad_bias = grads.sum(dim=0) if need_bias else None
         grad_input = None if finish is None else finish()
-        return grad_input, grad_weight, grad_bias, None, None
+        return grad_input, grad_weight, grad_bias, None, None, None, None
 
 
 def _start_input_gradient(
@@ -145,6 +158,7 @@ def linear(
     grad_axis: Axis | None = None,
     *,
     split_sequence: bool = False,
+    products: Products = PLAIN,
 ) -> torch.Tensor:
     """x W^T + b: [..., in], [out, in], [out] -> [..., out].
 
@@ -153,7 +167,8 @@ def linear(
     of a sequence split over that axis, and the result [s, ..., out].
     """
     split_sequence = split_sequence and grad_axis is not None and grad_axis.size > 1
-    return _Linear.apply(x, weight, bias, grad_axis, split_sequence)
+    differentiated = torch.is_grad_enabled()
+    return _Linear.apply(x, weight, bias, grad_axis, split_sequence, products, differentiated)
 
 
 class _EmbeddingLookup(torch.autograd.Function):
@@ -173,12 +188,7 @@ class _EmbeddingLookup(torch.autograd.Function):
                 grad_output, ids, weight.size(0), -1, False
             )
             return None, dense
-        rows = _flatten(grad_output).to(main_grad.dtype)
-        if main_grad.device.type == "cpu":
-            main_grad.index_add_(0, ids.flatten(), rows)
-        else:
-            # index_add_ uses atomics there; this sorts, and sums in a fixed order.
-            main_grad.index_put_((ids.flatten(),), rows, accumulate=True)
+        add_rows(main_grad, ids.flatten(), flatten(grad_output))
         return None, None
 
 
@@ -247,6 +257,7 @@ class ColumnParallelLinear(nn.Module):
         blocks: sizes of the blocks of the output that are split one by one (see ShardSpec).
         gather_output: whether every rank gets all of y, or the part that it computed.
         sequence_parallel: whether x is this rank's part of the sequence, its first dim.
+        fp8: how the products are computed in 8 bits; None where they are not.
     """
 
     def __init__(
@@ -262,6 +273,7 @@ class ColumnParallelLinear(nn.Module):
         blocks: tuple[int, ...] = (),
         gather_output: bool = False,
         sequence_parallel: bool = False,
+        fp8: Fp8Recipe | None = None,
     ) -> None:
         super().__init__()
         self.axis = state.tensor
@@ -269,6 +281,7 @@ class ColumnParallelLinear(nn.Module):
         self.sequence_parallel = sequence_parallel
         weight = ShardSpec(f"{name}.weight", (output_size, input_size), dim=0, blocks=blocks)
         self.weight = _new(weight, state, init_method, dtype)
+        self.products = PLAIN if fp8 is None else Fp8Products(fp8, self.weight)
         self.bias = None
         if bias:
             spec = ShardSpec(f"{name}.bias", (output_size,), dim=0, blocks=blocks)
@@ -285,7 +298,12 @@ class ColumnParallelLinear(nn.Module):
 
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return linear(
-            x, self.weight, bias, grad_axis=self.axis, split_sequence=self.sequence_parallel
+            x,
+            self.weight,
+            bias,
+            grad_axis=self.axis,
+            split_sequence=self.sequence_parallel,
+            products=self.products,
         )
 
 
@@ -295,6 +313,7 @@ class RowParallelLinear(nn.Module):
     Args:
         input_is_parallel: whether x already is this rank's part.
         sequence_parallel: whether each rank gets its part of the sequence, the first dim of y.
+        fp8: how the products are computed in 8 bits; None where they are not.
     """
 
     def __init__(
@@ -309,6 +328,7 @@ class RowParallelLinear(nn.Module):
         bias: bool = True,
         input_is_parallel: bool = True,
         sequence_parallel: bool = False,
+        fp8: Fp8Recipe | None = None,
     ) -> None:
         super().__init__()
         self.axis = state.tensor
@@ -316,6 +336,7 @@ class RowParallelLinear(nn.Module):
         self.sequence_parallel = sequence_parallel
         weight = ShardSpec(f"{name}.weight", (output_size, input_size), dim=1)
         self.weight = _new(weight, state, init_method, dtype)
+        self.products = PLAIN if fp8 is None else Fp8Products(fp8, self.weight)
         self.bias = None
         if bias:
             # Whole on every rank: it is added once, after the sum.
@@ -328,13 +349,13 @@ class RowParallelLinear(nn.Module):
         if self.axis.size > 1:
             y = self.without_bias(x)
             return y if self.bias is None else y + self.bias
-        return linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias, products=self.products)
 
     def without_bias(self, x: torch.Tensor) -> torch.Tensor:
         """x A^T, for those who add the bias themselves; shapes as of `forward`."""
         if not self.input_is_parallel:
             x = scatter_to_tensor_region(x, self.axis)
-        y = linear(x, self.weight, None)
+        y = linear(x, self.weight, None, products=self.products)
         if self.sequence_parallel:
             return reduce_scatter_to_sequence_region(y, self.axis)
         return reduce_from_tensor_region(y, self.axis)

@@ -3,6 +3,9 @@
 On the CPU PyTorch hands float32 products to MKL, which on AMD's processors runs at about half the
 speed of oneDNN, the other library that PyTorch is built with. There they go to oneDNN. The choice
 depends on the kind of processor alone, so that a run gives the same bits each time.
+
+On a GPU the product of two matrices in half precision is added to a float32 one by the product
+itself, where PyTorch can do that: nothing as large is written in between, and nothing rounded.
 """
 
 from __future__ import annotations
@@ -48,8 +51,32 @@ def add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
     """total += a b in place: [m, n], [m, k], [k, n]; ``total`` may have a wider format."""
     if total.dtype == a.dtype and not _goes_to_onednn(a):
         total.addmm_(a, b)
+    elif a.device.type != "cpu" and adds_wide(a.device, a.dtype, total.dtype):
+        _add_wide(total, a, b)
     else:
         total.add_(product(a, b))
+
+
+@cache
+def adds_wide(device: torch.device, narrow: torch.dtype, wide: torch.dtype) -> bool:
+    """Whether a product in one format can be added to a matrix of another one in place there.
+
+    It is tried out on numbers that are exact in both, and whose sums are not; the device is waited
+    for at the first call.
+    """
+    a = (torch.arange(40 * 24) % 7 - 3).view(40, 24)
+    b = (torch.arange(40 * 16) % 5 - 2).view(40, 16)
+    total = (1000 + torch.arange(24 * 16)).view(24, 16)
+    found = total.to(device, wide)
+    try:
+        _add_wide(found, a.to(device, narrow).t(), b.to(device, narrow))
+    except (AttributeError, RuntimeError):  # no such operator, or not on this device
+        return False
+    return torch.equal(found.cpu(), (total + a.t() @ b).to(wide))
+
+
+def _add_wide(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    torch.ops.aten.addmm.dtype_out(total, a, b, total.dtype, out=total)
 
 
 def _goes_to_onednn(x: torch.Tensor) -> bool:

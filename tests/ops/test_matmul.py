@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 from megatron.ops import matmul
-from megatron.ops.matmul import add_product, linear_product, prefers_onednn, product
+from megatron.ops.matmul import add_product, adds_wide, linear_product, prefers_onednn, product
 
 ONEDNN = pytest.param(
     True,
@@ -72,3 +74,35 @@ def test_the_choice_is_the_same_each_time() -> None:
     first = prefers_onednn()
     prefers_onednn.cache_clear()
     assert prefers_onednn() == first
+
+
+def _wide(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    total.add_(a.to(total.dtype) @ b.to(total.dtype))
+
+
+def _rounded(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    total.copy_((total + a.to(total.dtype) @ b.to(total.dtype)).bfloat16())
+
+
+def _replaced(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    total.copy_(a.to(total.dtype) @ b.to(total.dtype))
+
+
+def _missing(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+    raise NotImplementedError("Could not run")
+
+
+@pytest.mark.parametrize(
+    ("operator", "is_right"),
+    [(_wide, True), (_rounded, False), (_replaced, False), (_missing, False)],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_product_that_adds_to_a_wider_format_is_tried_out(
+    operator: Callable[..., None],
+    is_right: bool,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(matmul, "_add_wide", operator)
+    tried = adds_wide.__wrapped__(torch.device("cpu"), dtype, torch.float32)
+    assert tried is is_right
