@@ -43,6 +43,7 @@ from megatron.mpu.init import InitMethod, create_parameter, zeros
 from megatron.mpu.parallel_state import Axis, ParallelState
 from megatron.mpu.products import PLAIN, Products, flatten
 from megatron.mpu.shard_spec import ShardSpec
+from megatron.ops.embedding import add_rows
 
 
 def _new(
@@ -187,12 +188,7 @@ class _EmbeddingLookup(torch.autograd.Function):
                 grad_output, ids, weight.size(0), -1, False
             )
             return None, dense
-        rows = flatten(grad_output).to(main_grad.dtype)
-        if main_grad.device.type == "cpu":
-            main_grad.index_add_(0, ids.flatten(), rows)
-        else:
-            # index_add_ uses atomics there; this sorts, and sums in a fixed order.
-            main_grad.index_put_((ids.flatten(),), rows, accumulate=True)
+        add_rows(main_grad, ids.flatten(), flatten(grad_output))
         return None, None
 
 
