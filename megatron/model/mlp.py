@@ -12,6 +12,7 @@ from megatron.config import Config
 from megatron.model.initial import init_methods
 from megatron.model.module import parameter_dtype
 from megatron.mpu import ColumnParallelLinear, ParallelState, RowParallelLinear
+from megatron.mpu.fp8 import Fp8Recipe
 from megatron.ops import kernels
 from megatron.ops.activation import ACTIVATIONS
 from megatron.ops.mlp import KINDS, bias_activation
@@ -34,6 +35,7 @@ class ParallelMLP(nn.Module):
         blocks = (f, f) if self.is_gated else (f,)
         bias = not config.model.disable_bias_linear
         dtype, split = parameter_dtype(config), config.parallel.sequence_parallel
+        fp8 = Fp8Recipe.of(config.model)
         self.dense_h_to_4h = ColumnParallelLinear(
             h,
             sum(blocks),
@@ -44,6 +46,7 @@ class ParallelMLP(nn.Module):
             bias=bias,
             blocks=blocks,
             sequence_parallel=split,
+            fp8=fp8,
         )
         self.dense_4h_to_h = RowParallelLinear(
             f,
@@ -54,6 +57,7 @@ class ParallelMLP(nn.Module):
             dtype=dtype,
             bias=bias,
             sequence_parallel=split,
+            fp8=fp8,
         )
 
     def forward(self, x: torch.Tensor, *, add_bias: bool = True) -> torch.Tensor:
