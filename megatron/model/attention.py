@@ -19,6 +19,7 @@ from megatron.model.initial import init_methods
 from megatron.model.module import parameter_dtype
 from megatron.model.probe import Probe
 from megatron.mpu import ColumnParallelLinear, ParallelState, RowParallelLinear, recompute
+from megatron.mpu.fp8 import Fp8Recipe
 from megatron.ops.attention import AttentionCore, AttentionMask
 from megatron.ops.rotary import Rotation, rotate
 
@@ -61,7 +62,7 @@ class ParallelAttention(nn.Module):
         self.training_core, self.core = core(dropout=model.attention_dropout), core()
         init, scaled_init = init_methods(config)
         bias, split = not model.disable_bias_linear, config.parallel.sequence_parallel
-        dtype = parameter_dtype(config)
+        dtype, fp8 = parameter_dtype(config), Fp8Recipe.of(model)
         width, kv_width = (
             n * self.head_size for n in (model.num_attention_heads, model.key_value_heads)
         )
@@ -76,6 +77,7 @@ class ParallelAttention(nn.Module):
                 dtype=dtype,
                 bias=bias,
                 sequence_parallel=split,
+                fp8=fp8,
             )
 
         if cross:
@@ -106,6 +108,7 @@ class ParallelAttention(nn.Module):
             dtype=dtype,
             bias=bias,
             sequence_parallel=split,
+            fp8=fp8,
         )
 
     def _without_key_part(self, bias_gradient: torch.Tensor) -> torch.Tensor:
