@@ -10,6 +10,7 @@ gradients of the parameters are found in the same pass as that of x. Forward and
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 from typing import Any
 
@@ -32,8 +33,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
     Source: arXiv 1607.06450.
     """
     if takes(x, weight):
-        y: Tensor = _layer_norm(x, weight, bias, epsilon)[0]
-        return y
+        fused: Tensor = _layer_norm(x, weight, bias, epsilon)[0]
+        return fused
     if kernels.choice() == "apex" and x.is_cuda:
         return _apex("layer", x, weight, bias, epsilon)
     y = F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), epsilon)
@@ -46,12 +47,11 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     Source: arXiv 1910.07467.
     """
     if takes(x, weight):
-        y: Tensor = _rms_norm(x, weight, epsilon)[0]
-        return y
+        fused: Tensor = _rms_norm(x, weight, epsilon)[0]
+        return fused
     if kernels.choice() == "apex" and x.is_cuda:
         return _apex("rms", x, weight, epsilon)
-    y = _RMSNorm.apply(x, weight, epsilon)
-    return y
+    return _RMSNorm.apply(x, weight, epsilon)
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
@@ -80,9 +80,8 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def _apex(kind: str, x: Tensor, *parameters: Tensor | float) -> Tensor:
-    from apex.normalization import fused_layer_norm
-
-    function = getattr(fused_layer_norm, f"mixed_dtype_fused_{kind}_norm_affine")
+    functional = importlib.import_module("apex.normalization.fused_layer_norm")
+    function = getattr(functional, f"mixed_dtype_fused_{kind}_norm_affine")
     *tensors, epsilon = parameters
     y: Tensor = function(x, *tensors, (x.size(-1),), epsilon)
     return y
