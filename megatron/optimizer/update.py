@@ -10,7 +10,6 @@ a checkpoint of any of them is a checkpoint of the others.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -180,9 +179,11 @@ class ApexAdam:
     """
 
     def __init__(self, options: OptimizerConfig, stepped: Sequence[Stepped]) -> None:
+        from apex.optimizers import FusedAdam
+
         self._stepped = stepped
         groups = [group for group in _parameter_groups(options, stepped) if group["params"]]
-        self._adam = importlib.import_module("apex.optimizers").FusedAdam(
+        self._adam = FusedAdam(
             groups,
             lr=options.lr,
             betas=(options.adam_beta1, options.adam_beta2),

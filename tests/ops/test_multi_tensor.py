@@ -54,7 +54,7 @@ def test_sum_of_more_tiles_than_blocks() -> None:
     x = torch.linspace(-1, 3, 4096 * 4100 + 4, device=DEVICE)
     with with_kernels():
         got = sum_of_squares([x])
-    assert abs(got / exact_sum([x]) - 1) < 1e-9
+    assert abs(got / exact_sum([x]) - 1) < 2e-8
 
 
 def test_squares_near_the_end_of_float32_do_not_overflow_together() -> None:
