@@ -54,7 +54,7 @@ class ParallelAttention(nn.Module):
         self.recomputes_core = config.parallel.recompute_granularity == "selective"
         core = partial(
             AttentionCore,
-            fused=model.attention_backend != "unfused",
+            backend=model.attention_backend,
             softmax_in_fp32=model.attention_softmax_in_fp32,
             scale=model.attention_scale,
         )

@@ -5,6 +5,9 @@ which keys are padding, where documents end. No part of it is as large as s x s,
 T5. Documents are taken one by one, so that attention across them costs nothing, neither memory nor
 work.
 
+On a GPU the fused computations are PyTorch's (`fused_attention`); what needs the weights
+themselves makes them with this project's softmax.
+
 Letters: s sequence, z sequence of the keys, b micro-batch, n heads of this rank, g heads of keys
 and values, d head size, m most documents in a sequence.
 """
@@ -14,11 +17,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 
+from megatron.ops import kernels
 from megatron.ops.dropout import dropout
+from megatron.ops.fused_attention import (
+    Documents,
+    document_attention,
+    fused_attention,
+    takes_documents,
+)
+from megatron.ops.softmax import scaled_softmax
 
 
 @dataclass(frozen=True)
@@ -44,7 +55,13 @@ class AttentionMask:
 
     def with_bias(self, bias: torch.Tensor | None) -> AttentionMask:
         """This mask with another bias."""
-        return replace(self, bias=bias)
+        return self if bias is self.bias else replace(self, bias=bias)
+
+    @cached_property
+    def documents(self) -> Documents:
+        """The documents, which all layers ask for."""
+        assert self.document_lengths is not None
+        return Documents(self.document_lengths)
 
 
 def padding_mask(real: torch.Tensor) -> torch.Tensor | None:
@@ -69,21 +86,32 @@ class AttentionCore:
     Attributes:
         dropout: probability with which an attention weight is dropped.
         scale: factor of the scores; 1 / sqrt(d) where None.
-        fused: through PyTorch's fused implementations, whose softmax is in float32; else one
-            operation after another, holding all attention weights.
+        backend: PyTorch's fused implementation to use, "auto" for the best one, whose softmax is
+            in float32; or "unfused", one operation after another, holding all attention weights.
         softmax_in_fp32: whether the unfused scores of half precision are scaled and masked in
             float32; the softmax itself always computes in it.
     """
 
     dropout: float = 0.0
     scale: float | None = None
-    fused: bool = True
+    backend: str = "auto"
     softmax_in_fp32: bool = False
 
     def __call__(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: AttentionMask
     ) -> torch.Tensor:
         """[s, b, n, d], [z, b, g, d], [z, b, g, d] -> [s, b, n * d]; g divides n."""
+        if mask.document_lengths is not None and takes_documents(query, self.backend):
+            assert mask.keys is None and mask.bias is None
+            return document_attention(
+                query,
+                key,
+                value,
+                mask.documents,
+                dropout=self.dropout,
+                causal=mask.causal,
+                scale=self.scale,
+            ).flatten(2)
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))  # [b, n, s, d]
         if mask.document_lengths is None:
             context = self._attend(query, key, value, mask)
@@ -120,33 +148,40 @@ class AttentionCore:
             parts = []
             for start, stop in _bounds(lengths):
                 at = slice(row, row + 1), slice(None), slice(start, stop)
-                parts.append(self._attend(query[at], key[at], value[at], own))
+                parts.append(self._attend(query[at], key[at], value[at], own, new_shapes=True))
             rows.append(torch.cat(parts, dim=2))
         return torch.cat(rows)
 
     def _attend(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: AttentionMask
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: AttentionMask,
+        *,
+        new_shapes: bool = False,
     ) -> torch.Tensor:
         """[b, n, s, d] each -> [b, n, s, d]"""
         # PyTorch has no fused attention with dropout for the CPU, and its plain one holds more.
         fused = (
-            self.fused
+            self.backend != "unfused"
             and not mask.hides_all
             and not (self.dropout > 0.0 and query.device.type == "cpu")
         )
-        if fused:
-            dense = _dense(mask, query, key)
-            return F.scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                dense,
-                dropout_p=self.dropout,
-                is_causal=mask.causal and dense is None,
-                scale=self.scale,
-                enable_gqa=key.size(1) != query.size(1),
-            )
-        return self._unfused(query, key, value, mask)[0]
+        if not fused:
+            return self._unfused(query, key, value, mask)[0]
+        dense = _dense(mask, query, key)
+        return fused_attention(
+            query,
+            key,
+            value,
+            dense,
+            dropout=self.dropout,
+            causal=mask.causal and dense is None,
+            scale=self.scale,
+            backend=self.backend,
+            new_shapes=new_shapes,
+        )
 
     def _unfused(
         self,
@@ -161,17 +196,26 @@ class AttentionCore:
             shared = query.size(1) // key.size(1)
             key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
         scores = query @ key.transpose(2, 3)  # [b, n, s, z]
-        if self.softmax_in_fp32 or self.fused:
-            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+        weights = dropout(self._weights(scores, mask, query, key), self.dropout)
+        if head_mask is not None:
+            weights = weights * head_mask
+        return weights @ value, weights
+
+    def _weights(
+        self, scores: torch.Tensor, mask: AttentionMask, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
+        """[b, n, s, z] -> [b, n, s, z] in the format of the queries"""
         scale = self.scale
+        if mask.bias is None and kernels.active(scores):
+            factor = 1.0 / math.sqrt(query.size(3)) if scale is None else scale
+            return scaled_softmax(scores, mask.keys, scale=factor, causal=mask.causal)
+        if self.softmax_in_fp32 or self.backend != "unfused":
+            scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
         scores = scores / math.sqrt(query.size(3)) if scale is None else scores * scale
         dense = _dense(mask, query, key, always=True)
         if dense is not None:
             scores = _masked(scores, dense)
-        weights = dropout(torch.softmax(scores, dim=-1).to(query.dtype), self.dropout)
-        if head_mask is not None:
-            weights = weights * head_mask
-        return weights @ value, weights
+        return torch.softmax(scores, dim=-1).to(query.dtype)
 
 
 def _bounds(lengths: list[int]) -> Iterator[tuple[int, int]]:

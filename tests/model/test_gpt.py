@@ -261,7 +261,7 @@ def test_the_softmax_in_float32_is_closer() -> None:
     generator = torch.Generator().manual_seed(6)
     query, key, value = (torch.randn(64, 2, 4, 8, generator=generator).bfloat16() for _ in range(3))
     mask = AttentionMask(causal=True)
-    expected = AttentionCore(fused=False)(query.double(), key.double(), value.double(), mask)
+    expected = AttentionCore(backend="unfused")(query.double(), key.double(), value.double(), mask)
     errors = []
     for wide in (True, False):
         options = {"fp64": False, "bf16": True, "attention_softmax_in_fp32": wide}
