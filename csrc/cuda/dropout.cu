@@ -2,9 +2,9 @@
 //
 //   y = r + m (x + b) / (1 - p)    [n, h]    m is 0 with probability p and else 1 (arXiv 1207.0580)
 //
-// m is a function of a key and of an element's place (philox.cuh): the backward pass makes it again,
-// and in the same pass over the gradient it sums the bias's, each block its rows; column_sums.cu sums
-// the blocks. The key is read from memory, so that a recorded graph can be run with another one.
+// m is a function of a key and of an element's place (philox.cuh): the backward pass makes it again
+// and sums the bias's gradient on its way, each block its rows; column_sums.cu sums the blocks. The
+// key is read from memory, so that a recorded graph can be run with another one.
 //
 // x, b and their gradients have a format of their own, X; the stream, y and its gradient have R.
 
