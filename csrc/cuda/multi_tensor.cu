@@ -2,9 +2,9 @@
 // number that is on the device.
 //
 // Squares are made in float32 and added up in float32 only within a pack of 16 bytes; all further
-// sums are float64. A sum over any number of elements is then off by the rounding of single squares,
-// and overflows where a single square nearly does. Blocks sum their tiles, and a second kernel the
-// blocks, both in a fixed order.
+// sums are float64. A sum over any number of elements is then off by the rounding of single
+// squares, and overflows where a single square nearly does. Blocks sum their tiles, and a second
+// kernel the blocks, both in a fixed order.
 
 #include "reduce.cuh"
 #include "tiles.cuh"
@@ -81,7 +81,8 @@ __global__ void __launch_bounds__(kInBlock) divide(const Rows<1> rows, const flo
 }  // namespace
 }  // namespace megatron
 
-// `to` is a double, `parts` are multi_tensor_parts(count) of them, `table` is the host's (tiles.cuh).
+// `to` is a double, `parts` are multi_tensor_parts(count) of them, `table` is the host's
+// (tiles.cuh).
 EXPORT int multi_tensor_squares(void* to, void* parts, const void* table, int64_t count,
                                 int64_t format, megatron::Stream stream) {
   using namespace megatron;

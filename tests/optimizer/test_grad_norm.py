@@ -5,6 +5,7 @@ import torch
 
 from megatron.mpu.parallel_state import ParallelState
 from megatron.mpu.topology import Topology
+from megatron.ops import kernels
 from megatron.optimizer.flat_buffer import build_flat_buffers
 from megatron.optimizer.grad_norm import global_norm, parameter_count
 from tests.distributed import distributed
@@ -45,6 +46,16 @@ def test_one_bad_element_shows(poison: float) -> None:
     flat = torch.ones(4096)
     flat[3000] = poison
     assert not global_norm([flat], SINGLE.model, CPU).isfinite()
+
+
+def test_kernel_finds_the_same_norm() -> None:
+    generator = torch.Generator().manual_seed(6)
+    tensors = [torch.randn(1024 * n, generator=generator) for n in (1, 5, 12)]
+    with kernels.using("emulated"):
+        found = global_norm(tensors, SINGLE.model, CPU)
+        wide = [tensors[0].double(), *tensors[1:]]  # of which no kernel takes the first
+        assert abs(global_norm(wide, SINGLE.model, CPU) / found - 1) < 1e-7
+    assert abs(global_norm(tensors, SINGLE.model, CPU) / found - 1) < 1e-7
 
 
 def test_count_leaves_vocabulary_padding_out() -> None:
