@@ -92,9 +92,7 @@ def _total(parameter: torch.Tensor) -> torch.Tensor:
     main_grad: torch.Tensor | None = getattr(parameter, "main_grad", None)
     if main_grad is not None:
         return main_grad
-    return torch.zeros_like(
-        parameter, dtype=torch.promote_types(parameter.dtype, torch.float32), requires_grad=False
-    )
+    return torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
 
 
 def _returned(parameter: torch.Tensor | None, total: torch.Tensor | None) -> torch.Tensor | None:
