@@ -20,8 +20,9 @@ from megatron.model.module import parameter_dtype
 from megatron.model.probe import Probe
 from megatron.mpu import ColumnParallelLinear, ParallelState, RowParallelLinear, recompute
 from megatron.mpu.fp8 import Fp8Recipe
+from megatron.ops import kernels
 from megatron.ops.attention import AttentionCore, AttentionMask
-from megatron.ops.rotary import Rotation, rotate
+from megatron.ops.rotary import Rotation, rotate, rotate_packed
 
 
 class ParallelAttention(nn.Module):
@@ -141,9 +142,7 @@ class ParallelAttention(nn.Module):
         self.shows_keys = probe is not None
         if probe is not None:
             return self.dense(self._attend_probed(x, mask, encoder_output, probe))
-        query, key, value = self._project(x, encoder_output)
-        if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
+        query, key, value = self._project(x, encoder_output, rotation)
         return self.dense(self._attend(query, key, value, mask))  # [s, b, n d / t] -> [s, b, h]
 
     def _attend_probed(
@@ -185,17 +184,25 @@ class ParallelAttention(nn.Module):
         return mask.with_bias(bias if mask.bias is None else bias + mask.bias)
 
     def _project(
-        self, x: torch.Tensor, encoder_output: torch.Tensor | None
+        self,
+        x: torch.Tensor,
+        encoder_output: torch.Tensor | None,
+        rotation: Rotation | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries [s, b, n / t, d], keys and values [z, b, g / t, d]."""
+        """Queries [s, b, n / t, d], keys and values [z, b, g / t, d], not across turned."""
         d = self.head_size
         if encoder_output is not None:
             query = self.query(x).unflatten(-1, (-1, d))
             key, value = self.key_value(encoder_output).unflatten(-1, (-1, 2, d)).unbind(dim=3)
             return query, key, value
         mixed = self.query_key_value(x).unflatten(-1, (-1, self.shared + 2, d))
+        if rotation is not None and kernels.active(mixed):
+            mixed, rotation = rotate_packed(mixed, rotation, self.shared), None
         query, key, value = mixed.split((self.shared, 1, 1), dim=3)
-        return query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
+        query, key, value = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        return query, key, value
 
     def _attend(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: AttentionMask
