@@ -35,6 +35,7 @@ FLOORS = {
 WITH_THE_TOP = {"validation"}  # one of the modules of megatron/ itself, in several files
 FOR_ALL = {"megatron.__init__", "megatron.errors"}
 OPTIONAL = (
+    "apex",
     "matplotlib",
     "rich",
     "safetensors",
