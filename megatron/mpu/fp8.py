@@ -178,7 +178,7 @@ class Fp8Products:
         counts: bool = True,
     ) -> tuple[Factor, Factor]:
         """A factor as it lies and transposed; whether its largest magnitude counts for later."""
-        format = self.recipe.gradient if place == GRADIENT else E4M3
+        x, format = x.contiguous(), self.recipe.gradient if place == GRADIENT else E4M3
         scale = fp8_scale(x, format, None if self.recent is None else self.recent[place])
         values, turned = fp8_cast(
             x,

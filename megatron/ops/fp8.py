@@ -79,7 +79,8 @@ def _scale_twin(x: Tensor, format: torch.dtype, recent: Tensor | None) -> Tensor
     largest = _largest(x)
     if recent is not None:
         largest = torch.where(recent > 0, recent, largest)
-    return largest.clamp(min=_SMALLEST) / torch.finfo(format).max
+    # By a tensor: by a number a GPU would multiply by its rounded inverse.
+    return largest.clamp(min=_SMALLEST) / torch.full_like(largest, torch.finfo(format).max)
 
 
 def _largest(x: Tensor) -> Tensor:
