@@ -134,16 +134,25 @@ class ParallelAttention(nn.Module):
         rotation: Rotation | None = None,
         encoder_output: torch.Tensor | None = None,
         probe: Probe | None = None,
+        add_bias: bool = True,
     ) -> torch.Tensor:
         """[s, b, h], keys and values from x or, across, from [z, b, h] -> [s, b, h]
 
-        With sequence parallelism s / t and z / t positions.
+        With sequence parallelism s / t and z / t positions. Without ``add_bias`` the bias of
+        ``dense`` is left to the caller.
         """
         self.shows_keys = probe is not None
         if probe is not None:
-            return self.dense(self._attend_probed(x, mask, encoder_output, probe))
-        query, key, value = self._project(x, encoder_output, rotation)
-        return self.dense(self._attend(query, key, value, mask))  # [s, b, n d / t] -> [s, b, h]
+            context = self._attend_probed(x, mask, encoder_output, probe)
+        else:
+            query, key, value = self._project(x, encoder_output, rotation)
+            context = self._attend(query, key, value, mask)  # [s, b, n d / t]
+        return self.dense(context) if add_bias else self.dense.without_bias(context)
+
+    @property
+    def output_bias(self) -> torch.Tensor | None:
+        """The bias of the last product, [h]."""
+        return self.dense.bias
 
     def _attend_probed(
         self,

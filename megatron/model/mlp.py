@@ -68,6 +68,11 @@ class ParallelMLP(nn.Module):
         hidden = self._widen(x)
         return self.dense_4h_to_h(hidden) if add_bias else self.dense_4h_to_h.without_bias(hidden)
 
+    @property
+    def output_bias(self) -> torch.Tensor | None:
+        """The bias of the last product, [h]."""
+        return self.dense_4h_to_h.bias
+
     def _widen(self, x: torch.Tensor) -> torch.Tensor:
         """The first product and the activation: [s, b, h] -> [s, b, f / t]"""
         first = self.dense_h_to_4h

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,8 +25,12 @@ from megatron.model.probe import Extras, Probe
 from megatron.model.residual import Norm, StreamDropout
 from megatron.monitor import annotated
 from megatron.mpu import ParallelState, recompute
+from megatron.ops import kernels
 from megatron.ops.attention import AttentionMask
 from megatron.ops.rotary import Rotation
+
+# [s, b, h] of a block, and the bias [h] that is still to be added to it, if any.
+Output = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -128,38 +133,52 @@ class ParallelTransformerLayer(nn.Module):
         own, across = probes
         normalised = self.input_layernorm(x)
         attended = self._attend(normalised, context, own)
-        x = self._residual(x, normalised) + self.dropout(attended)
+        residual = self._residual(x, normalised)
+        x, normalised = self.post_attention_layernorm.after_add(*attended, residual, self.dropout)
 
-        normalised = self.post_attention_layernorm(x)
         if self.layer_type is LayerType.decoder:
             if context.encoder_output is not None:
                 attended = self._attend_across(normalised, context, across)
-                x = self._residual(x, normalised) + self.dropout(attended)
-            normalised = self.post_inter_attention_layernorm(x)
+                residual = self._residual(x, normalised)
+                norm = self.post_inter_attention_layernorm
+                x, normalised = norm.after_add(*attended, residual, self.dropout)
+            else:
+                normalised = self.post_inter_attention_layernorm(x)
 
-        return self._residual(x, normalised) + self.dropout(self.mlp(normalised))
+        return self.dropout.add(*self._expand(normalised), self._residual(x, normalised))
 
     def _with_norms_behind(
         self, x: torch.Tensor, context: Context, own: Probe | None, across: Probe | None
     ) -> torch.Tensor:
-        x = self.post_attention_layernorm(x + self.dropout(self._attend(x, context, own)))
+        attended = self._attend(x, context, own)
+        _, x = self.post_attention_layernorm.after_add(*attended, x, self.dropout)
         if self.layer_type is LayerType.decoder and context.encoder_output is not None:
             attended = self._attend_across(x, context, across)
-            x = self.post_inter_attention_layernorm(x + self.dropout(attended))
-        return self.output_layernorm(x + self.dropout(self.mlp(x)))
+            _, x = self.post_inter_attention_layernorm.after_add(*attended, x, self.dropout)
+        return self.output_layernorm.after_add(*self._expand(x), x, self.dropout)[1]
 
-    def _attend(self, x: torch.Tensor, context: Context, probe: Probe | None) -> torch.Tensor:
-        return self.self_attention(x, context.mask, rotation=context.rotation, probe=probe)
+    def _attend(self, x: torch.Tensor, context: Context, probe: Probe | None) -> Output:
+        attention = self.self_attention
+        return _output(attention, x, context.mask, rotation=context.rotation, probe=probe)
 
-    def _attend_across(
-        self, x: torch.Tensor, context: Context, probe: Probe | None
-    ) -> torch.Tensor:
-        return self.inter_attention(
-            x, context.encoder_mask, encoder_output=context.encoder_output, probe=probe
-        )
+    def _attend_across(self, x: torch.Tensor, context: Context, probe: Probe | None) -> Output:
+        encoder, mask = context.encoder_output, context.encoder_mask
+        return _output(self.inter_attention, x, mask, encoder_output=encoder, probe=probe)
+
+    def _expand(self, x: torch.Tensor) -> Output:
+        return _output(self.mlp, x)
 
     def _residual(self, x: torch.Tensor, normalised: torch.Tensor) -> torch.Tensor:
         return normalised.to(x.dtype) if self.normalised_residual else x
+
+
+def _output(
+    block: ParallelAttention | ParallelMLP, x: torch.Tensor, *arguments: Any, **named: Any
+) -> Output:
+    """What a block makes of x; less its bias where a kernel adds that on the way."""
+    if not kernels.active(x):
+        return block(x, *arguments, **named), None
+    return block(x, *arguments, add_bias=False, **named), block.output_bias
 
 
 class ParallelTransformer(nn.Module):
