@@ -5,8 +5,10 @@ training it is computed at the masked positions alone, gathered before it, which
 of the product with the vocabulary. The binary head tells from the pooled first token whether the
 second sentence follows the first.
 
+Samples may be packed (`packing`): their real tokens then lie in one row, a document each.
+
 Letters: s sequence, b micro-batch, h hidden, k masked positions of a sample, v padded vocabulary,
-t tensor size.
+t tensor size, r row of packed samples.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from megatron.model.module import (
     splits_sequence,
 )
 from megatron.model.output_layer import OutputLayer
+from megatron.model.packing import Packing
 from megatron.model.residual import Norm
 from megatron.mpu import (
     ParallelState,
@@ -121,18 +124,21 @@ class BertModel(MegatronModule):
     def forward(
         self,
         input_ids: torch.Tensor,
-        attention_mask: torch.Tensor,
+        attention_mask: torch.Tensor | None,
         tokentype_ids: torch.Tensor | None = None,
         lm_labels: torch.Tensor | None = None,
         masked_positions: torch.Tensor | None = None,
+        packing: Packing | None = None,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor | None]:
         """Run this stage.
 
         Args:
-            input_ids, tokentype_ids: i64[b, s].
-            attention_mask: bool[b, s], True where a token is real.
-            masked_positions: i64[b, k], the positions to predict; None for all s of them.
+            input_ids, tokentype_ids: i64[b, s], packed i64[1, r].
+            attention_mask: bool[b, s], True where a token is real; None packed.
+            masked_positions: i64[b, k], the positions to predict, packed their places in the row;
+                None for all s of them.
             lm_labels: i64[b, k or s], the tokens to predict there.
+            packing: how the samples lie in the row; None where they are not packed.
 
         Returns:
             Before the last stage, hidden states [s, b, h], s / t positions of them with
@@ -141,8 +147,18 @@ class BertModel(MegatronModule):
             or, without ``parallel_output``, [b, k or s, true vocabulary]; and the next-sentence
             logits [b, 2], None without a binary head.
         """
-        mask = AttentionMask(keys=padding_mask(attention_mask))
-        hidden, pooled, _ = self.language_model(input_ids, None, mask, tokentype_ids=tokentype_ids)
+        if packing is None:
+            assert attention_mask is not None
+            mask = AttentionMask(keys=padding_mask(attention_mask))
+        else:
+            mask = AttentionMask(document_lengths=packing.document_lengths)
+        hidden, pooled, _ = self.language_model(
+            input_ids,
+            None if packing is None else packing.position_ids,
+            mask,
+            tokentype_ids=tokentype_ids,
+            pooling_sequence_index=0 if packing is None else packing.first_tokens,
+        )
         if self.lm_head is None:
             return hidden
         if splits_sequence(self.config, self.state):
@@ -155,7 +171,10 @@ class BertModel(MegatronModule):
 
 
 def _at_positions(hidden: torch.Tensor, positions: torch.Tensor | None) -> torch.Tensor:
-    """[s, b, h], i64[b, k] -> [b, k, h]; without positions all of them, [b, s, h]."""
+    """[s, b, h], i64[b, k] -> [b, k, h]; without positions all of them, [b, s, h].
+
+    [r, 1, h], i64[b, k] -> [b, k, h] where the samples are packed.
+    """
     if positions is None:
         return hidden.transpose(0, 1)
     batch = hidden.size(1)

@@ -24,21 +24,36 @@ from megatron.ops.attention import AttentionMask
 
 
 class Pooler(nn.Module):
-    """tanh of a linear map of one position's hidden state."""
+    """tanh of a linear map of the hidden state at one position of each sample."""
 
     def __init__(self, config: Config, state: ParallelState, name: str) -> None:
         super().__init__()
         self.axis = state.tensor if splits_sequence(config, state) else None
         self.dense = WholeLinear(config, state, f"{name}.dense")
 
-    def forward(self, hidden: torch.Tensor, sequence_index: int = 0) -> torch.Tensor:
-        """[s or s / t, b, h] -> [b, h]"""
+    def forward(self, hidden: torch.Tensor, sequence_index: int | torch.Tensor = 0) -> torch.Tensor:
+        """[s or s / t, b, h] -> [b, h]
+
+        With i64[b] for an index [r or r / t, 1, h] -> [b, h]: of each sample its place in the row.
+        """
+        if isinstance(sequence_index, torch.Tensor):
+            return torch.tanh(self.dense(self._of_packed(hidden.squeeze(1), sequence_index)))
         if self.axis is None:
             return torch.tanh(self.dense(hidden[sequence_index]))
         holder, place = divmod(sequence_index, hidden.size(0))
         # The other ranks add zeros, and get zeros as gradient.
         own = hidden[place] * float(self.axis.rank == holder)
         return torch.tanh(self.dense(reduce_from_tensor_region(own, self.axis)))
+
+    def _of_packed(self, hidden: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """[r or r / t, h], i64[b] -> [b, h]"""
+        if self.axis is None:
+            return hidden.index_select(0, places)
+        rows = hidden.size(0)
+        own_places = places - self.axis.rank * rows
+        is_own = (own_places >= 0) & (own_places < rows)
+        own = hidden.index_select(0, own_places.clamp(0, rows - 1)) * is_own.unsqueeze(1)
+        return reduce_from_tensor_region(own, self.axis)
 
 
 class Hidden(NamedTuple):
@@ -155,7 +170,7 @@ class TransformerLanguageModel(nn.Module):
         enc_dec_attn_mask: AttentionMask | None = None,
         *,
         tokentype_ids: torch.Tensor | None = None,
-        pooling_sequence_index: int = 0,
+        pooling_sequence_index: int | torch.Tensor = 0,
         enc_hidden_states: torch.Tensor | None = None,
         output_enc_hidden: bool = False,
         extras: Extras | None = None,
@@ -167,7 +182,7 @@ class TransformerLanguageModel(nn.Module):
             enc_attn_mask: what a position may see.
             dec_input_ids, dec_position_ids, dec_attn_mask: the same of the decoder.
             enc_dec_attn_mask: what the decoder may see of the encoder's output.
-            pooling_sequence_index: the position that the pooler reads.
+            pooling_sequence_index: the position that the pooler reads; i64[b] of samples in a row.
             enc_hidden_states: [s, b, h], an encoder's output to use in place of running one.
             output_enc_hidden: end behind the encoder, though there is a decoder.
             extras: what else the only stack of layers is given, and leaves behind.

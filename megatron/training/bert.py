@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,10 +11,14 @@ from torch import Tensor, nn
 from megatron.config import Config
 from megatron.data import build_bert_datasets
 from megatron.model import bert_loss_sums, build_bert
+from megatron.model.packing import GRID, pack
 from megatron.mpu import ParallelState, Stage
 from megatron.training.flops import bert_flops_per_sample
 from megatron.training.pretraining import Pretraining
 from megatron.training.task import Batch, Datasets, Parts, SampleCounts, StageModel
+
+# What packing takes together; it needs the lengths on the host and sends the result on.
+_PACKED = ("input_ids", "tokentype_ids", "attention_mask", "masked_positions")
 
 
 class BertPretraining(Pretraining):
@@ -23,6 +28,13 @@ class BertPretraining(Pretraining):
         super().__init__(config)
         if not config.model.bert_no_binary_head:
             self.loss_parts = ("lm_loss", "nsp_loss")
+        parallel = config.parallel
+        self._packs = config.data.pack_sequences
+        # With sequence parallelism each tensor rank has an equal part of the row.
+        parts = parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1
+        self._grid = math.lcm(GRID, parts)
+        if self._packs:
+            self.host_fields = frozenset(_PACKED)
 
     def datasets(
         self, config: Config, counts: SampleCounts, say: Callable[[str], None]
@@ -43,13 +55,7 @@ class BertPretraining(Pretraining):
 
     def forward_step(self, chunk: nn.Module, batch: Batch, totals: Tensor) -> tuple[Tensor, Parts]:
         """Hidden states, or the sum of the masked-token and the next-sentence loss."""
-        output = chunk(
-            batch["input_ids"],
-            batch["attention_mask"],
-            batch["tokentype_ids"],
-            lm_labels=batch["masked_labels"],
-            masked_positions=batch["masked_positions"],
-        )
+        output = self._run(chunk, batch, totals.device)
         if isinstance(output, Tensor):
             return output, {}
         lm_loss, binary_logits = output
@@ -59,6 +65,29 @@ class BertPretraining(Pretraining):
         }
         loss = torch.stack(list(parts.values())).sum()
         return loss, {name: value.detach() for name, value in parts.items()}
+
+    def _run(
+        self, chunk: nn.Module, batch: Batch, device: torch.device
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """What the network makes of a micro-batch."""
+        labels = batch["masked_labels"]
+        if not self._packs:
+            return chunk(
+                batch["input_ids"],
+                batch["attention_mask"],
+                batch["tokentype_ids"],
+                lm_labels=labels,
+                masked_positions=batch["masked_positions"],
+            )
+        packed = pack(*(batch[name] for name in _PACKED), multiple=self._grid, device=device)
+        return chunk(
+            packed.input_ids,
+            None,
+            packed.tokentype_ids,
+            lm_labels=labels,
+            masked_positions=packed.masked_positions,
+            packing=packed.packing,
+        )
 
     def flops_per_sample(self, config: Config) -> float:
         """Operations of training on one sequence, with the average number of masked tokens."""

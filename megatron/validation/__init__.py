@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron.config import Config, all_flags
 from megatron.errors import ConfigError
-from megatron.validation import files, layout, models, network, pipeline, run
+from megatron.validation import files, layout, models, network, pipeline, run, speed
 
 __all__ = ["CHECKS", "find_problems", "validate"]
 
@@ -21,6 +21,7 @@ CHECKS = (
     *layout.checks,
     *pipeline.checks,
     *run.checks,
+    *speed.checks,
     *files.checks,
 )
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from megatron.config import Config, all_flags
 from megatron.mpu import ParallelState
+from megatron.ops import kernels
 from megatron.training.initialize import rank_grid
 from megatron.training.task import Batch
 from megatron.training.trainer import Trainer
@@ -210,6 +211,7 @@ class Case:
             "distributed optimizer": parallel.use_distributed_optimizer,
             "sharded gradients": parallel.shard_gradients,
             "stored split": parallel.distribute_saved_activations,
+            "packed": config.data.pack_sequences,
             "unfused attention": config.model.attention_backend == "unfused",
             f"recompute {parallel.recompute_granularity}": parallel.recompute_granularity,
             f"schedule {parallel.schedule}": parallel.pipeline_model_parallel_size > 1,
@@ -276,7 +278,8 @@ def _train_rank(case: Case) -> RankRecord:
     torch.set_num_threads(1)
     trainer = new_trainer(case)
     rank = trainer.state.data.rank
-    result = record(trainer, STEPS, lambda step, size: own_batches(case, step, size, rank))
+    with kernels.using(case.config().train.kernels):
+        result = record(trainer, STEPS, lambda step, size: own_batches(case, step, size, rank))
     trainer.finish()
     if dist.is_initialized():
         trainer.state.destroy()

@@ -61,11 +61,12 @@ class _Draw:
     def bert(self) -> Batch:
         s = self._data.seq_length
         masked = max(1, round(self._data.mask_prob * s))
+        real = self._real(s)
         return {
             "input_ids": self._tokens(s),
             "tokentype_ids": self._below(2, s),
-            "attention_mask": self._real(s),
-            "masked_positions": self._below(s, masked),
+            "attention_mask": real,
+            "masked_positions": self._below(s, masked) % real.sum(),
             "masked_labels": self._tokens(masked),
             "masked_weights": self._real(masked, least=0).float(),
             "is_random": self._below(2, 1)[0],

@@ -1,0 +1,102 @@
+"""What makes a run faster, and what it cannot be combined with."""
+
+from megatron.config import all_flags
+from megatron.errors import ConfigError
+from megatron.validation.checks import Checks, exclude_each_other
+
+checks = Checks()
+
+
+@checks.add
+def packing_belongs_to_bert(model_type: str, pack_sequences: bool) -> None:
+    if pack_sequences and model_type != "bert":
+        raise ConfigError(
+            "--pack-sequences is for BERT alone: samples of "
+            f"{ {'gpt': 'GPT', 't5': 'T5'}[model_type] } are not packed"
+        )
+
+
+@checks.add
+def packed_rows_have_any_length(
+    pack_sequences: bool, pipeline_model_parallel_size: int, cuda_graphs: bool
+) -> None:
+    if not pack_sequences:
+        return
+    if pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            "--pack-sequences needs --pipeline-model-parallel-size 1, found "
+            f"{pipeline_model_parallel_size}: the activations' shape changes between micro-batches"
+        )
+    exclude_each_other(("--pack-sequences", True), ("--cuda-graphs", cuda_graphs))
+
+
+@checks.add
+def packed_positions_are_of_tokens(pack_sequences: bool, position_embedding_type: str) -> None:
+    option = f"--position-embedding-type {position_embedding_type}"
+    is_by_distance = position_embedding_type.startswith("relative")
+    exclude_each_other(("--pack-sequences", pack_sequences), (option, is_by_distance))
+
+
+@checks.add
+def recorded_steps_are_alike(
+    cuda_graphs: bool,
+    pipeline_model_parallel_size: int,
+    reset_attention_mask: bool,
+    use_cpu: bool,
+) -> None:
+    if not cuda_graphs:
+        return
+    if pipeline_model_parallel_size > 1:
+        raise ConfigError(
+            "--cuda-graphs needs --pipeline-model-parallel-size 1, found "
+            f"{pipeline_model_parallel_size}"
+        )
+    # The work is cut by the documents' lengths, which a recording would keep.
+    exclude_each_other(("--cuda-graphs", True), ("--reset-attention-mask", reset_attention_mask))
+    exclude_each_other(("--cuda-graphs", True), ("--use-cpu", use_cpu))
+
+
+@checks.add
+def eight_bits_are_of_bfloat16(fp8_format: str | None, bf16: bool) -> None:
+    if fp8_format is not None and not bf16:
+        raise ConfigError(f"--fp8-format {fp8_format} needs --bf16")
+
+
+@checks.add
+def eight_bits_have_their_options(
+    fp8_format: str | None, fp8_recipe: str, fp8_amax_history_len: int
+) -> None:
+    flags = all_flags()
+    if fp8_recipe != flags["fp8_recipe"].default and fp8_format is None:
+        raise ConfigError(f"--fp8-recipe {fp8_recipe} needs --fp8-format")
+    if fp8_amax_history_len != flags["fp8_amax_history_len"].default and fp8_recipe != "delayed":
+        raise ConfigError("--fp8-amax-history-len needs --fp8-recipe delayed")
+
+
+@checks.add
+def backends_of_half_precision(
+    attention_backend: str, fp16: bool, bf16: bool, use_cpu: bool
+) -> None:
+    if attention_backend in ("flash", "cudnn") and not (fp16 or bf16 or use_cpu):
+        raise ConfigError(f"--attention-backend {attention_backend} needs --fp16 or --bf16")
+
+
+@checks.add
+def flash_has_no_masks(
+    attention_backend: str,
+    model_type: str,
+    pack_sequences: bool,
+    position_embedding_type: str,
+    use_cpu: bool,
+) -> None:
+    if attention_backend != "flash" or use_cpu:
+        return
+    if model_type == "t5":
+        raise ConfigError("--attention-backend flash cannot mask T5's padding")
+    if position_embedding_type.startswith("relative"):
+        raise ConfigError(
+            "--attention-backend flash cannot add the scores of "
+            f"--position-embedding-type {position_embedding_type}"
+        )
+    if model_type == "bert" and not pack_sequences:
+        raise ConfigError("--attention-backend flash cannot mask padding: add --pack-sequences")
