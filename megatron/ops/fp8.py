@@ -217,6 +217,8 @@ def scaled_product(
     """
     if a.values.numel() == 0 or b.values.numel() == 0:
         return torch.zeros(a.values.size(0), b.values.size(0), dtype=dtype, device=a.values.device)
+    if bias is not None and dtype == torch.float32:  # which cuBLAS does not add
+        return scaled_product(a, b, dtype, fast=fast) + bias
     return torch._scaled_mm(
         a.values,
         b.values.t(),
