@@ -9,7 +9,8 @@ A step:
 
 Since the counts are known before the first forward pass, the loss is a mean over the global batch,
 however that is cut into micro-batches and spread over ranks. No step makes the host wait for an
-accelerator, but for the first few of a zb-2p that has to be measured (`plan`).
+accelerator, but for the first few of a zb-2p that has to be measured (`plan`) or of a run that
+records its micro-batches (`graphs`).
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ from megatron.optimizer import build_optimizer, build_schedule
 from megatron.optimizer.optimizer import StepResult
 from megatron.pipeline.runtime import PipelineRuntime
 from megatron.training.batch_ramp import BatchRamp
+from megatron.training.graphs import (
+    MicroBatchGraphs,
+    Recorder,
+    check,
+    cuda_recorder,
+    leave_default_stream,
+)
 from megatron.training.plan import Planner
+from megatron.training.sending import Sender, Sent
 from megatron.training.task import Batch, Parts, Task
 
 
@@ -69,10 +78,25 @@ class Trainer:
 
     Every rank must make one: the word embedding is equalised over the stages. `iteration` and
     `samples` say how far the run has come.
+
+    Args:
+        record: how --cuda-graphs records a micro-batch; by default as a graph of the GPU.
     """
 
-    def __init__(self, config: Config, task: Task, state: ParallelState) -> None:
+    def __init__(
+        self,
+        config: Config,
+        task: Task,
+        state: ParallelState,
+        *,
+        record: Recorder | None = None,
+    ) -> None:
         self.config, self.task, self.state = config, task, state
+        if config.train.cuda_graphs:
+            check(config)
+            if record is None:
+                leave_default_stream(state.device)
+                record = cuda_recorder(state.device)
         self.ramp = BatchRamp.of(config.train, state.data.size)
         self.iteration = self.samples = 0
         self.timers = Timers(state.device)
@@ -89,9 +113,14 @@ class Trainer:
             self._forward_step,
             lambda index: task.activation(config, state, stages[index]),
         )
-        self._totals = self._ones = torch.ones(
-            len(task.loss_parts), dtype=torch.float64, device=state.device
-        )
+        # Written in place: a recorded micro-batch reads them where they are.
+        self._totals = torch.ones(len(task.loss_parts), dtype=torch.float64, device=state.device)
+        self._sender = Sender(task, state.device)
+        self._graphs: MicroBatchGraphs | None = None
+        if config.train.cuda_graphs and record is not None:
+            common, split = torch.zeros(2, 1, dtype=torch.int64, device=state.device)
+            state.streams.static_keys = common, split
+            self._graphs = MicroBatchGraphs(self._forward_backward, self._start_streams, record)
 
     @property
     def weights(self) -> Iterator[tuple[str, Tensor, ShardSpec]]:
@@ -124,31 +153,38 @@ class Trainer:
 
     def steps(self, batches: Iterator[Batch]) -> Iterator[Step]:
         """Trains until the run is complete, yielding after each step."""
+        sent: Sent | None = None
         while not self.is_complete:
-            wanted = self.num_micro_batches(self.ramp.at(self.samples))
-            with self.timers.section("batches"):
-                taken = [next(batches) for _ in range(wanted)]
-            yield self.step(taken)
+            step = self._step(sent or self._send_next(batches))
+            # An accelerator is still at this step, while what the next one needs sets out for it.
+            goes_on = self._sender.runs_ahead and not self.is_complete
+            sent = self._send_next(batches) if goes_on else None
+            yield step
 
     def step(self, batches: Sequence[Batch]) -> Step:
         """One step on this rank's micro-batches of the global batch, which are on the host."""
+        return self._step(self._sender.send(batches))
+
+    def _send_next(self, batches: Iterator[Batch]) -> Sent:
+        with self.timers.section("batches"):
+            wanted = self.num_micro_batches(self.ramp.at(self.samples))
+            return self._sender.send([next(batches) for _ in range(wanted)])
+
+    def _step(self, sent: Sent) -> Step:
         for chunk in self.chunks:
             chunk.train()
         gradients, section = self.optimizer.gradients, self.timers.section
         with section("forward-backward"), self._plan.observe(self._runtime):
-            self._totals = self._count(batches).clamp(min=1)
+            batches, denominators = sent.take()
+            self._totals.copy_(all_reduce(denominators, self.state.data).clamp(min=1))
             gradients.zero()
-            parts = self._runtime.run(
-                [self._to_device(batch) for batch in batches],
-                on_last_backward=gradients.on_last_backward,
-                loss_scale=self.optimizer.loss_scale,
-            )
+            parts = self._run(batches)
         with section("gradients"):
             gradients.finish()
         with section("optimizer"):
             learning_rate = self.learning_rates.rate(self.samples)
             update = self.optimizer.step(learning_rate)
-        batch_size = len(batches) * self.config.train.micro_batch_size * self.state.data.size
+        batch_size = sent.count * self.config.train.micro_batch_size * self.state.data.size
         self.iteration += 1
         self.samples += batch_size
         return Step(
@@ -160,6 +196,18 @@ class Trainer:
             update,
         )
 
+    def _run(self, batches: Sequence[Batch]) -> Sequence[Parts]:
+        """The parts of the loss of each micro-batch, whose gradients are added up."""
+        if self._graphs is None:
+            return self._runtime.run(
+                batches,
+                on_last_backward=self.optimizer.gradients.on_last_backward,
+                loss_scale=self.optimizer.loss_scale,
+            )
+        # A recording can wait for nobody.
+        self.optimizer.finish_gather()
+        return [self._graphs(batch, index) for index, batch in enumerate(batches)]
+
     def evaluate(self, batches: Iterable[Batch]) -> dict[str, float]:
         """The mean of each part of the loss over all that the batches hold on all ranks.
 
@@ -169,13 +217,13 @@ class Trainer:
         self.optimizer.finish_gather()
         for chunk in self.chunks:
             chunk.eval()
-        self._totals = self._ones
-        sums, counts = torch.zeros_like(self._ones), torch.zeros_like(self._ones)
+        self._totals.fill_(1)
+        sums, counts = torch.zeros_like(self._totals), torch.zeros_like(self._totals)
         waiting = iter(batches)
         while taken := list(islice(waiting, self.num_micro_batches(self.ramp.full))):
-            on_device = [self._to_device(batch) for batch in taken]
+            on_device, denominators = self._sender.send(taken).take()
             sums += self._sum(self._runtime.run(on_device, forward_only=True))
-            counts += self._count(taken)
+            counts += all_reduce(denominators, self.state.data)
         means = (self.over_ranks(sums) / counts).tolist()
         return dict(zip(self.task.loss_parts, means, strict=True))
 
@@ -189,28 +237,25 @@ class Trainer:
         all_reduce(shares, self.state.data)
         return broadcast(shares, self.state.pipeline, source=self.state.pipeline.size - 1)
 
-    def _count(self, batches: Sequence[Batch]) -> Tensor:
-        """The denominators of the whole global batch, float64 [parts]."""
-        counts = torch.stack([self.task.denominators(batch) for batch in batches]).sum(0)
-        return all_reduce(counts.to(self.state.device, non_blocking=True), self.state.data)
-
-    def _to_device(self, batch: Batch) -> Batch:
-        device, kept = self.state.device, self.task.host_fields
-        return {
-            name: field if name in kept else field.to(device, non_blocking=True)
-            for name, field in batch.items()
-        }
-
     def _forward_step(
         self, chunk: nn.Module, batch: Batch, micro_batch: int
     ) -> tuple[Tensor, Parts]:
         place = next(i for i, own in enumerate(self.chunks) if own is chunk)
-        self.state.streams.start(self.config.train.seed, self.iteration, micro_batch, place)
+        self._start_streams(micro_batch, place)
         return self.task.forward_step(chunk, batch, self._totals)
+
+    def _start_streams(self, micro_batch: int, place: int = 0) -> None:
+        self.state.streams.start(self.config.train.seed, self.iteration, micro_batch, place)
+
+    def _forward_backward(self, batch: Batch) -> Parts:
+        """A micro-batch by itself, where one stage is the whole model."""
+        loss, parts = self.task.forward_step(self.chunks[0], batch, self._totals)
+        torch.autograd.backward(loss * self.optimizer.loss_scale)
+        return parts
 
     def _sum(self, parts: Sequence[Parts]) -> Tensor:
         """The parts of this rank's micro-batches, float64 [parts]."""
         if not parts:
-            return torch.zeros_like(self._ones)
+            return torch.zeros_like(self._totals)
         rows = [torch.stack([p[name].double() for name in self.task.loss_parts]) for p in parts]
         return torch.stack(rows).sum(0)
