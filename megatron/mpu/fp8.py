@@ -198,11 +198,10 @@ _current: list[_KeptWeights] = []
 
 
 def _kept_weights(weight: Tensor) -> _KeptWeights | None:
-    """Where the step keeps them; None outside of one, and for a CUDA graph.
-
-    A graph is replayed in other steps, with other weights.
-    """
-    if not _current or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+    """Where the step keeps them; None outside of one, and in a graph that is run in others, too."""
+    if not _current or torch.compiler.is_compiling():
+        return None
+    if weight.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     return _current[-1]
 

@@ -175,6 +175,18 @@ def test_kernels_change_no_bit(recipe: Fp8Recipe) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+def test_compilation_changes_no_bit() -> None:
+    found = []
+    for compiled in (False, True):
+        layer, _, scaling = _delayed()
+        module = torch.compile(layer, backend="aot_eager", fullgraph=True) if compiled else layer
+        for size in (1.0, 0.5):
+            with scaling.step():
+                last = _run(module, _draw(16, IN) * size, _draw(16, OUT, seed=4))
+        found.append([*last, _history(scaling)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def _delayed() -> tuple[ColumnParallelLinear, Fp8Products, Fp8Scaling]:
     layer = _column(DELAYED)
     products = layer.products
