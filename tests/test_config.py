@@ -513,6 +513,64 @@ MISTAKES: list[tuple[dict[str, Any], int, str]] = [
         1,
         "--rampup-batch-size: steps of 4 do not lead from 2 to the global batch, 8",
     ),
+    ({"pack_sequences": True, "model_type": "gpt"}, 1, "--pack-sequences is for BERT alone"),
+    (
+        {"pack_sequences": True, "pipeline_model_parallel_size": 2},
+        2,
+        "--pack-sequences needs --pipeline-model-parallel-size 1, found 2",
+    ),
+    (
+        {"pack_sequences": True, "cuda_graphs": True},
+        1,
+        "--pack-sequences and --cuda-graphs exclude each other",
+    ),
+    (
+        {"pack_sequences": True, "position_embedding_type": "relative_key"},
+        1,
+        "--pack-sequences and --position-embedding-type relative_key exclude each other",
+    ),
+    (
+        {"cuda_graphs": True, "pipeline_model_parallel_size": 2},
+        2,
+        "--cuda-graphs needs --pipeline-model-parallel-size 1, found 2",
+    ),
+    (
+        {"cuda_graphs": True, "use_cpu": True},
+        1,
+        "--cuda-graphs and --use-cpu exclude each other",
+    ),
+    (
+        {"cuda_graphs": True, "model_type": "gpt", "reset_attention_mask": True},
+        1,
+        "--cuda-graphs and --reset-attention-mask exclude each other",
+    ),
+    ({"fp8_format": "hybrid"}, 1, "--fp8-format hybrid needs --bf16"),
+    ({"fp8_recipe": "delayed"}, 1, "--fp8-recipe delayed needs --fp8-format"),
+    (
+        {"fp8_format": "e4m3", "bf16": True, "fp8_amax_history_len": 4},
+        1,
+        "--fp8-amax-history-len needs --fp8-recipe delayed",
+    ),
+    (
+        {"attention_backend": "cudnn"},
+        1,
+        "--attention-backend cudnn needs --fp16 or --bf16",
+    ),
+    (
+        {"attention_backend": "flash", "bf16": True},
+        1,
+        "--attention-backend flash cannot mask padding: add --pack-sequences",
+    ),
+    (
+        {"attention_backend": "flash", "bf16": True, "position_embedding_type": "relative_key"},
+        1,
+        "cannot add the scores of --position-embedding-type relative_key",
+    ),
+    (
+        {"attention_backend": "flash", "bf16": True, "model_type": "t5", "vocab_extra_ids": 100},
+        1,
+        "--attention-backend flash cannot mask T5's padding",
+    ),
 ]
 
 

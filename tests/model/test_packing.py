@@ -8,14 +8,13 @@ import pytest
 import torch
 
 from megatron.config import Config
-from megatron.errors import ConfigError
 from megatron.model.packing import pack
 from megatron.mpu import ParallelState
 from megatron.mpu.collectives import all_reduce
 from megatron.mpu.stage import stages
 from megatron.training.bert import BertPretraining
 from megatron.training.initialize import rank_grid
-from megatron.validation import speed, validate
+from megatron.validation import validate
 from tests.distributed import run_distributed
 from tools.parity.samples import collate, synthetic_samples
 
@@ -135,57 +134,6 @@ def _assert_equal(packed: dict[str, torch.Tensor], padded: dict[str, torch.Tenso
         assert error < 1e-12, f"{name} differs by {error:.1e}"
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        ({"model_type": "gpt"}, "is for BERT alone"),
-        ({"pipeline_model_parallel_size": 2}, "needs --pipeline-model-parallel-size 1"),
-        ({"cuda_graphs": True, "use_cpu": False}, "--cuda-graphs exclude each other"),
-        ({"position_embedding_type": "relative_key"}, "relative_key exclude each other"),
-    ],
-)
-def test_what_packing_cannot_be_combined_with(flags: dict[str, Any], words: str) -> None:
-    flags = {"pack_sequences": True, **flags}
-    if flags.get("model_type") == "gpt":
-        flags["mask_prob"] = 0.15
-    ranks = flags.get("pipeline_model_parallel_size", 1)
-    (problem,) = validate(_config(**flags), ranks)
-    assert words in problem and "\n" not in problem
-
-
-@pytest.mark.parametrize(
-    ("check", "flags", "words"),
-    [
-        (speed.recorded_steps_are_alike, {"pipeline_model_parallel_size": 2}, "size 1, found 2"),
-        (speed.recorded_steps_are_alike, {"reset_attention_mask": True}, "--reset-attention-mask"),
-        (speed.recorded_steps_are_alike, {"use_cpu": True}, "--use-cpu"),
-    ],
-)
-def test_what_cannot_be_recorded(check: Any, flags: dict[str, Any], words: str) -> None:
-    sound = {
-        "cuda_graphs": True,
-        "pipeline_model_parallel_size": 1,
-        "reset_attention_mask": False,
-        "use_cpu": False,
-    }
-    check(**sound)
-    with pytest.raises(ConfigError, match=words):
-        check(**sound | flags)
-
-
-def test_the_flash_backend_takes_no_masks() -> None:
+def test_packing_goes_with_what_has_no_masks() -> None:
     flags = {"attention_backend": "flash", "use_cpu": False, "fp64": False, "bf16": True}
-    (problem,) = validate(_config(**flags), 1)
-    assert "add --pack-sequences" in problem
     assert not validate(_config(**flags, pack_sequences=True), 1)
-    (problem,) = validate(_config(**flags | {"bf16": False}, pack_sequences=True), 1)
-    assert "needs --fp16 or --bf16" in problem
-
-
-def test_eight_bits_need_bfloat16() -> None:
-    (problem,) = validate(_config(fp8_format="hybrid"), 1)
-    assert problem == "--fp8-format hybrid needs --bf16"
-    bf16 = {"fp64": False, "bf16": True}
-    assert not validate(_config(**bf16, fp8_format="hybrid", fp8_recipe="delayed"), 1)
-    assert len(validate(_config(**bf16, fp8_recipe="delayed"), 1)) == 1
-    assert len(validate(_config(**bf16, fp8_format="e4m3", fp8_amax_history_len=4), 1)) == 1

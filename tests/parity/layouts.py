@@ -33,7 +33,6 @@ def draw_case(draw: random.Random) -> Case:
             "sequence_parallel": draw.random() < 0.5,
             "attention_backend": draw.choice(["auto", "unfused"]),
             "attention_softmax_in_fp32": draw.random() < 0.2,
-            "pack_sequences": network.startswith("bert") and draw.random() < 0.3,
             "clip_grad": draw.choice([0.0, 0.5]),
             "fp64": exact,
             # Adam divides what rounding leaves of a gradient whose terms cancel by its own size.

@@ -211,7 +211,6 @@ class Case:
             "distributed optimizer": parallel.use_distributed_optimizer,
             "sharded gradients": parallel.shard_gradients,
             "stored split": parallel.distribute_saved_activations,
-            "packed": config.data.pack_sequences,
             "unfused attention": config.model.attention_backend == "unfused",
             f"recompute {parallel.recompute_granularity}": parallel.recompute_granularity,
             f"schedule {parallel.schedule}": parallel.pipeline_model_parallel_size > 1,

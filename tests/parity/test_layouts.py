@@ -56,15 +56,6 @@ EVERYTHING_OF_BERT = {
             pipeline_schedule="gpipe",
         ),
         Case.of(ranks=8, **EVERYTHING_OF_BERT),
-        Case.of(ranks=2, pack_sequences=True, micro_batch_size=4),
-        Case.of(
-            "bert, norms behind",
-            ranks=2,
-            pack_sequences=True,
-            tensor_model_parallel_size=2,
-            sequence_parallel=True,
-            recompute_granularity="full",
-        ),
         # A stage in the middle without layers holds no parameter at all.
         Case.of(
             ranks=6,
