@@ -49,7 +49,8 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """i64[b, s] -> [b, s, h]"""
-        return self.words(tokens) + self.positions(torch.arange(tokens.size(1)))
+        positions = torch.arange(tokens.size(1), device=tokens.device)
+        return self.words(tokens) + self.positions(positions)
 
 
 class PlainGPT(nn.Module):

@@ -1,0 +1,121 @@
+"""The tests that use a GPU where there is one, and NVIDIA's checkers of races and of memory."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.context import ROOT, Context
+
+TESTS = ("tests/ops", "tests/gpu")
+TESTS_OF_A_TRIAL = ("tests/ops/test_activation.py",)
+TOOLS = ("racecheck", "memcheck")
+FOUND_SOMETHING = 86  # exit code that the checkers are told to have
+NAMED = 20  # failed tests
+
+
+def run_tests(context: Context) -> None:
+    """Runs pytest; raises RuntimeError where a test fails."""
+    paths = TESTS_OF_A_TRIAL if context.smoke else TESTS
+    present = [path for path in paths if (ROOT / path).exists()]
+    report = context.path.with_suffix(".xml")
+    options = ["-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
+    code, _ = _run([sys.executable, "-m", "pytest", *options, *present], context)
+    if report.exists():
+        for key, value in read_report(report).items():
+            context.record(key, value)
+    if code:
+        raise RuntimeError(f"pytest ended with {code}")
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """How many tests passed, were skipped and failed; the names of those that failed."""
+    cases = list(ET.parse(path).iter("testcase"))
+    failed = [c for c in cases if any(c.find(kind) is not None for kind in ("failure", "error"))]
+    skipped = [c for c in cases if c.find("skipped") is not None]
+    return {
+        "passed": len(cases) - len(failed) - len(skipped),
+        "skipped": len(skipped),
+        "failed": len(failed),
+        "failures": [f"{c.get('classname')}::{c.get('name')}" for c in failed][:NAMED],
+    }
+
+
+def run_sanitizer(context: Context) -> None:
+    """Every kernel at small sizes under each checker; raises RuntimeError for what it finds.
+
+    Where there is no checker, or it refuses the device, that is recorded, and the kernels run by
+    themselves.
+    """
+    driver = [sys.executable, "-m", "benchmarks.gpu.every_kernel", context.device_type]
+    checker = None if context.smoke else find_checker()
+    if checker is None:
+        context.record("note", "compute-sanitizer is not here; the kernels ran without it")
+        code, words = _run(driver, context)
+        context.record("launchers", len(words.split()))
+        if code:
+            raise RuntimeError(f"the kernels ended with {code}")
+        return
+    # An allocation that PyTorch keeps for later would hide that a kernel runs past its end.
+    memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    for tool in TOOLS:
+        command = [checker, "--tool", tool, "--kernel-name", "kns=megatron"]
+        command += ["--target-processes", "application-only", "--report-api-errors", "no"]
+        command += ["--error-exitcode", str(FOUND_SOMETHING), *driver]
+        start = time.perf_counter()
+        code, words = _run(command, context, memory)
+        context.record(f"{tool}_seconds", time.perf_counter() - start)
+        context.record(tool, verdict(code, words))
+    bad = [tool for tool in TOOLS if context.found[tool].startswith("found")]
+    if bad:
+        raise RuntimeError(f"{' and '.join(bad)} found something")
+
+
+def verdict(code: int, words: str) -> str:
+    """What a checker said, in a few words."""
+    lines = [line.removeprefix("=========").strip() for line in words.splitlines()]
+    summary = next((line for line in reversed(lines) if "SUMMARY" in line), "")
+    if code == 0:
+        return "clean"
+    if code == FOUND_SOMETHING:
+        return f"found: {summary}"
+    reason = next((line for line in lines if "not supported" in line.lower()), summary)
+    return f"did not run: exit code {code}; {reason or (lines or [''])[-1]}"
+
+
+def find_checker() -> str | None:
+    """compute-sanitizer, on the PATH or in the CUDA toolkit."""
+    home = os.environ.get("CUDA_HOME", os.environ.get("CUDA_PATH", "/usr/local/cuda"))
+    places = (None, f"{home}/bin", f"{home}/compute-sanitizer")
+    found = (shutil.which("compute-sanitizer", path=place) for place in places)
+    return next((path for path in found if path is not None), None)
+
+
+def _run(
+    command: Sequence[str], context: Context, environment: Mapping[str, str] | None = None
+) -> tuple[int, str]:
+    """Exit code and words; the words are also written to this section's log."""
+    try:
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=os.environ | dict(environment or {}),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            check=False,
+            timeout=max(context.seconds_left, 1.0),
+        )
+    except subprocess.TimeoutExpired as error:
+        words = error.stdout.decode() if isinstance(error.stdout, bytes) else error.stdout or ""
+        print(words, flush=True)
+        return 124, f"{words}\nno time was left"
+    print(done.stdout, flush=True)
+    return done.returncode, done.stdout
