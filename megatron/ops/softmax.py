@@ -24,12 +24,11 @@ from megatron.ops.operator import differentiable, operator
 def _forward_kernel(x: Tensor, seen: Tensor | None, scale: float, causal: bool) -> Tensor:
     x = x.contiguous()
     y = torch.empty_like(x)
-    strides = [0, 0, 0]
+    strides: tuple[int, ...] = (0, 0, 0)
     if seen is not None:
-        # What broadcasts has a stride of 0; only along the keys a row lies as it is read.
-        seen = seen.expand(*seen.shape[:-1], x.size(-1)).contiguous()
-        shape = seen.shape
-        strides = [0 if n == 1 else step for n, step in zip(shape[:3], seen.stride(), strict=False)]
+        # Read along the keys as it lies, and with a stride of 0 where it broadcasts.
+        seen = seen.expand(*seen.shape[:-1], x.size(-1)).contiguous().expand(x.shape)
+        strides = seen.stride()[:3]
     if y.numel():
         kernels.launch(
             "scaled_softmax_forward", x, seen, y, *x.shape, *strides, causal, scale, x.dtype
