@@ -34,8 +34,8 @@ def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
 
 def add_by_product(total: Tensor, ids: Tensor, rows: Tensor) -> None:
     """As `add_rows`, for a table of few rows."""
-    one_hot = ids[:, None] == torch.arange(total.size(0), device=ids.device)
-    add_product(total, one_hot.to(rows.dtype).t(), rows)
+    one_hot = torch.arange(total.size(0), device=ids.device)[:, None] == ids
+    add_product(total, one_hot.to(rows.dtype), rows)
 
 
 def add_in_pieces(total: Tensor, ids: Tensor, rows: Tensor) -> None:
@@ -46,7 +46,12 @@ def add_in_pieces(total: Tensor, ids: Tensor, rows: Tensor) -> None:
     before = numbers - torch.searchsorted(ids, ids)
     piece = (before % PIECE == 0).cumsum(0) - 1
     sums = torch.zeros(rows.shape, dtype=total.dtype, device=total.device)
-    sums.index_put_((piece,), rows[order].to(total.dtype), accumulate=True)
+    _add_at(sums, piece, rows[order].to(total.dtype))
     # There are at most as many pieces as rows. What is left over adds zeros, to many places.
     place = (numbers % total.size(0)).scatter_(0, piece, ids)
-    total.index_put_((place,), sums, accumulate=True)
+    _add_at(total, place, sums)
+
+
+def _add_at(total: Tensor, places: Tensor, rows: Tensor) -> None:
+    # The places are right, or the forward pass had failed: they are not looked at once more.
+    torch._index_put_impl_(total, (places,), rows, accumulate=True, unsafe=True)

@@ -28,6 +28,7 @@ import torch
 
 from megatron.config import Config
 from megatron.errors import ConfigError
+from megatron.monitor import annotated
 from megatron.training.task import Batch, Parts
 
 # The first run of a shape loads and compiles, and may find out which implementation is the fastest.
@@ -85,7 +86,8 @@ class MicroBatchGraphs:
             self._graphs[shapes] = self._recorded(batch)
         self._start(micro_batch)
         graph = self._graphs.get(shapes)
-        return self._work(batch) if graph is None else graph.replay(batch)
+        with annotated("micro-batch", micro_batch):
+            return self._work(batch) if graph is None else graph.replay(batch)
 
     def _recorded(self, batch: Batch) -> _Graph:
         own = {name: field.clone() for name, field in batch.items()}

@@ -26,6 +26,7 @@ from megatron.config import Config
 from megatron.monitor import Timers
 from megatron.mpu import ParallelState, ShardSpec
 from megatron.mpu.collectives import all_reduce, broadcast
+from megatron.mpu.fp8 import Fp8Scaling
 from megatron.optimizer import build_optimizer, build_schedule
 from megatron.optimizer.optimizer import StepResult
 from megatron.pipeline.runtime import PipelineRuntime
@@ -104,6 +105,7 @@ class Trainer:
         self._plan = Planner(config.parallel, state, len(stages))
         own = self._plan(1).stages_of(state.pipeline.rank)
         self.chunks = [task.build_model(config, state, stages[index]) for index in own]
+        self.fp8_scaling = Fp8Scaling(self.chunks, state)
         self.optimizer = build_optimizer(config, self.chunks, state)
         self.learning_rates = build_schedule(config, self.ramp.full)
         self._runtime = PipelineRuntime(
@@ -178,7 +180,8 @@ class Trainer:
             batches, denominators = sent.take()
             self._totals.copy_(all_reduce(denominators, self.state.data).clamp(min=1))
             gradients.zero()
-            parts = self._run(batches)
+            with self.fp8_scaling.step():
+                parts = self._run(batches)
         with section("gradients"):
             gradients.finish()
         with section("optimizer"):
