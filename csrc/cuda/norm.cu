@@ -88,6 +88,42 @@ __device__ __forceinline__ Pack<T, V> fetch(const T* from) {
   return *reinterpret_cast<const Pack<T, V>*>(from);
 }
 
+// One access for all of a pack, said in PTX: of packs that are stored in an unrolled loop the compiler
+// makes a store for each element.
+template <typename T, int V>
+__device__ __forceinline__ void put(T* to, const Pack<T, V>& pack) {
+#if defined(MEGATRON_EMULATED)
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(pack)) emulator::fail("misaligned store");
+  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+#else
+  uint32_t words[sizeof(pack) < 4 ? 1 : sizeof(pack) / 4];
+  memcpy(words, &pack, sizeof(pack));
+  if constexpr (sizeof(pack) == 16)
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
+                 : "memory");
+  else if constexpr (sizeof(pack) == 8)
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(words[0]), "r"(words[1])
+                 : "memory");
+  else
+    *reinterpret_cast<Pack<T, V>*>(to) = pack;
+#endif
+}
+
+template <typename T, int V>
+__device__ __forceinline__ void narrow(const float (&from)[V], Pack<T, V>& to) {
+#pragma unroll
+  for (int i = 0; i < V; i++) to.values[i] = Format<T>::from(from[i]);
+}
+
+template <typename T, int V>
+__device__ __forceinline__ void put(T* to, const float (&from)[V]) {
+  Pack<T, V> pack;
+  narrow(from, pack);
+  put(to, pack);
+}
+
 template <typename T, int V>
 __device__ __forceinline__ void widen(const Pack<T, V>& pack, float (&to)[V]) {
 #pragma unroll
@@ -129,18 +165,20 @@ __device__ __forceinline__ uint64_t key_of(const Dropout& dropout) {
 }
 
 // Calls work(p, column) for this thread's packs of a row: with kHeld for the P packs that it holds,
-// else for as many as there are, p being 0.
+// else for as many as there are, p being 0. Short columns make short addresses.
 template <int V, int P, bool kHeld, typename Work>
 __device__ __forceinline__ void over_packs(int64_t columns, Work work) {
-  int64_t stride = static_cast<int64_t>(blockDim.x) * V;
-  int64_t column = static_cast<int64_t>(threadIdx.x) * V;
   if constexpr (kHeld) {
+    int most = static_cast<int>(columns), stride = static_cast<int>(blockDim.x) * V;
+    int column = static_cast<int>(threadIdx.x) * V;
 #pragma unroll
     for (int p = 0; p < P; p++)
-      if (column + p * stride < columns) work(p, column + p * stride);
+      if (column + p * stride < most) work(p, column + p * stride);
   } else {
+    int64_t stride = static_cast<int64_t>(blockDim.x) * V;
 #pragma unroll 4
-    for (; column < columns; column += stride) work(0, column);
+    for (int64_t column = static_cast<int64_t>(threadIdx.x) * V; column < columns; column += stride)
+      work(0, column);
   }
 }
 
@@ -148,30 +186,28 @@ constexpr int kForwardElements = 32;  // of a row that a thread holds
 constexpr int kForwardThreads = 512;
 
 template <typename S, typename W, int V, bool kHeld, bool kAdd>
-__global__ void __launch_bounds__(kForwardThreads) normalise(Forward<S, W> of) {
+__global__ void __launch_bounds__(kForwardThreads, 1) normalise(Forward<S, W> of) {
   constexpr int P = kHeld ? kForwardElements / V : 1;
-  __shared__ float scratch_1[kForwardThreads / kWarp][1], scratch_2[kForwardThreads / kWarp][2];
+  __shared__ float scratch[kForwardThreads / kWarp][1];
   int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
   // Past the last row there is nothing to read, but there are barriers to come to.
   int64_t columns = row < of.rows ? of.columns : 0, start = row * of.columns;
   float count = static_cast<float>(of.columns);
   uint64_t key = kAdd ? key_of(of.dropout) : 0;
+  const S* source = (kAdd ? of.total : of.stream) + start;
 
-  Pack<S, V> held[P];
+  Pack<S, V> stream[P];
   Pack<W, V> added[P];
-  auto read = [&](int p, int64_t column) {
-    held[p] = fetch<V>(of.stream + start + column);
+  float values[P][V];
+  auto read = [&](int p, auto column) {
+    stream[p] = fetch<V>(of.stream + start + column);
     if constexpr (kAdd) added[p] = fetch<V>(of.x + start + column);
   };
-  auto read_again = [&](int p, int64_t column) {
-    if constexpr (!kHeld) held[p] = fetch<V>((kAdd ? of.total : of.stream) + start + column);
-  };
-
   if constexpr (kHeld) over_packs<V, P, kHeld>(columns, read);
+
   float sum[1] = {};
-  over_packs<V, P, kHeld>(columns, [&](int p, int64_t column) {
+  over_packs<V, P, kHeld>(columns, [&](int p, auto column) {
     if constexpr (!kHeld) read(p, column);
-    float values[V];
     if constexpr (kAdd) {
       float addend[V], bias[V] = {};
       widen(added[p], addend);
@@ -179,51 +215,53 @@ __global__ void __launch_bounds__(kForwardThreads) normalise(Forward<S, W> of) {
 #pragma unroll
       for (int i = 0; i < V; i++) addend[i] += bias[i];
       drop<V>(of.dropout, key, start + column, addend);
-      widen(held[p], values);
+      widen(stream[p], values[p]);
 #pragma unroll
-      for (int i = 0; i < V; i++) held[p].values[i] = Format<S>::from(values[i] + addend[i]);
-      *reinterpret_cast<Pack<S, V>*>(of.total + start + column) = held[p];
+      for (int i = 0; i < V; i++) addend[i] += values[p][i];
+      narrow(addend, stream[p]);
+      put(of.total + start + column, stream[p]);
     }
-    widen(held[p], values);
+    widen(stream[p], values[p]);
 #pragma unroll
-    for (int i = 0; i < V; i++) sum[0] += values[i];
+    for (int i = 0; i < V; i++) sum[0] += values[p][i];
   });
 
-  float centre = 0.0f;
+  float mean = 0.0f;
   if (of.mean) {
-    over_row(sum, scratch_1);
-    centre = sum[0] / count;
+    over_row(sum, scratch);
+    mean = sum[0] / count;
   }
-  float sums[2] = {};  // of the deviations, which would be 0 but for rounding, and their squares
-  over_packs<V, P, kHeld>(columns, [&](int p, int64_t column) {
+  auto read_again = [&](int p, auto column) {
+    if constexpr (!kHeld) {
+      load<V>(source + column, values[p]);
+#pragma unroll
+      for (int i = 0; i < V; i++) values[p][i] -= mean;
+    }
+  };
+  float squares[1] = {};
+  over_packs<V, P, kHeld>(columns, [&](int p, auto column) {
     read_again(p, column);
-    float values[V];
-    widen(held[p], values);
 #pragma unroll
     for (int i = 0; i < V; i++) {
-      float deviation = values[i] - centre;
-      sums[0] += deviation;
-      sums[1] += deviation * deviation;
+      if constexpr (kHeld) values[p][i] -= mean;
+      squares[0] += values[p][i] * values[p][i];
     }
   });
-  over_row(sums, scratch_2);
-  float missed = of.mean ? sums[0] / count : 0.0f;
-  float rstd = 1.0f / sqrtf(sums[1] / count - missed * missed + of.epsilon);
+  over_row(squares, scratch);
+  float rstd = rsqrtf(squares[0] / count + of.epsilon);
 
   if (threadIdx.x == 0 && row < of.rows) {
-    if (of.mean) of.mean[row] = centre + missed;
+    if (of.mean) of.mean[row] = mean;
     of.rstd[row] = rstd;
   }
-  over_packs<V, P, kHeld>(columns, [&](int p, int64_t column) {
+  over_packs<V, P, kHeld>(columns, [&](int p, auto column) {
     read_again(p, column);
-    float values[V], weight[V], bias[V] = {};
-    widen(held[p], values);
+    float weight[V], bias[V] = {};
     load<V>(of.weight + column, weight);
     if (of.norm_bias) load<V>(of.norm_bias + column, bias);
 #pragma unroll
-    for (int i = 0; i < V; i++)
-      values[i] = ((values[i] - centre) - missed) * rstd * weight[i] + bias[i];
-    store<V>(of.y + start + column, values);
+    for (int i = 0; i < V; i++) weight[i] = values[p][i] * rstd * weight[i] + bias[i];
+    put(of.y + start + column, weight);
   });
 }
 
@@ -236,7 +274,7 @@ __global__ void __launch_bounds__(kAverageThreads) average(Backward<S, W> of, fl
   int64_t row = blockIdx.x, start = row * of.columns;
   float mean = of.mean ? of.mean[row] : 0.0f, rstd = of.rstd[row];
   float sums[2] = {};
-  over_packs<V, 1, false>(of.columns, [&](int, int64_t column) {
+  over_packs<V, 1, false>(of.columns, [&](int, auto column) {
     float grad[V], values[V], weight[V];
     load<V>(of.grad + start + column, grad);
     load<V>(of.total + start + column, values);
@@ -287,7 +325,9 @@ __global__ void __launch_bounds__(kBackwardThreads<V, kAdd>) differentiate(Backw
   __shared__ float scratch[kThreads / kWarp][2], left[kThreads * V];
   // The columns that this block has begin at `first`: all of them, unless `means` are given.
   int64_t first = static_cast<int64_t>(blockIdx.y) * blockDim.x * P * V;
-  int64_t width = of.columns - first;
+  int64_t tile = static_cast<int64_t>(blockDim.x) * P * V, rest = of.columns - first;
+  int64_t width = rest < tile ? rest : tile;
+  const W* weight = of.weight + first;
   float count = static_cast<float>(of.columns);
   uint64_t key = kAdd ? key_of(of.dropout) : 0;
 
@@ -300,7 +340,7 @@ __global__ void __launch_bounds__(kBackwardThreads<V, kAdd>) differentiate(Backw
 
     Pack<S, V> total[P], stream[P];
     Pack<W, V> grad[P];
-    over_packs<V, P, true>(mine, [&](int p, int64_t column) {
+    over_packs<V, P, true>(mine, [&](int p, int column) {
       grad[p] = fetch<V>(of.grad + start + column);
       total[p] = fetch<V>(of.total + start + column);
       if (kAdd && of.grad_total) stream[p] = fetch<V>(of.grad_total + start + column);
@@ -308,17 +348,17 @@ __global__ void __launch_bounds__(kBackwardThreads<V, kAdd>) differentiate(Backw
     float mean = live && of.mean ? of.mean[row] : 0.0f, rstd = live ? of.rstd[row] : 0.0f;
 
     float means[2] = {};
-    over_packs<V, P, true>(mine, [&](int p, int64_t column) {
-      float g[V], n[V], w[V];
-      widen(grad[p], g), widen(total[p], n);
-      load<V>(of.weight + first + column, w);
+    over_packs<V, P, true>(mine, [&](int p, int column) {
+      float g[V], d[V], w[V];
+      widen(grad[p], g), widen(total[p], d);
+      load<V>(weight + column, w);
 #pragma unroll
       for (int i = 0; i < V; i++) {
-        n[i] = (n[i] - mean) * rstd;
-        of_weight[p][i] += g[i] * n[i];
+        float gd = g[i] * (d[i] - mean);
+        of_weight[p][i] += gd * rstd;
         of_norm_bias[p][i] += g[i];
         means[0] += g[i] * w[i];
-        means[1] += g[i] * w[i] * n[i];
+        means[1] += gd * w[i];
       }
     });
     if (of.means) {
@@ -326,30 +366,28 @@ __global__ void __launch_bounds__(kBackwardThreads<V, kAdd>) differentiate(Backw
       means[1] = live ? of.means[2 * row + 1] : 0.0f;
     } else {
       over_row(means, scratch);
-      means[0] /= count, means[1] /= count;
+      means[0] /= count;
+      means[1] = means[1] * rstd / count;
     }
-    if (!of.mean) means[0] = 0.0f;
+    float constant = of.mean ? -rstd * means[0] : 0.0f, slope = -rstd * rstd * means[1];
 
-    over_packs<V, P, true>(mine, [&](int p, int64_t column) {
-      float g[V], n[V], w[V];
-      widen(grad[p], g), widen(total[p], n);
-      load<V>(of.weight + first + column, w);
+    over_packs<V, P, true>(mine, [&](int p, int column) {
+      float g[V], d[V], w[V];
+      widen(grad[p], g), widen(total[p], d);
+      load<V>(weight + column, w);
 #pragma unroll
-      for (int i = 0; i < V; i++) {
-        n[i] = (n[i] - mean) * rstd;
-        g[i] = rstd * (g[i] * w[i] - means[0] - n[i] * means[1]);
-      }
+      for (int i = 0; i < V; i++) g[i] = g[i] * w[i] * rstd + constant + (d[i] - mean) * slope;
       if constexpr (kAdd) {
         if (of.grad_total) {
-          widen(stream[p], n);
+          widen(stream[p], d);
 #pragma unroll
-          for (int i = 0; i < V; i++) g[i] += n[i];
+          for (int i = 0; i < V; i++) g[i] += d[i];
         }
       }
-      store<V>(of.grad_residual + start + column, g);
+      put(of.grad_residual + start + column, g);
       if constexpr (kAdd) {
         drop<V>(of.dropout, key, start + column, g);
-        if (of.grad_x) store<V>(of.grad_x + start + column, g);
+        if (of.grad_x) put(of.grad_x + start + column, g);
 #pragma unroll
         for (int i = 0; i < V; i++) of_bias[p][i] += g[i];
       }
