@@ -21,11 +21,61 @@ namespace {
 constexpr int kThreads = 512;
 constexpr int kFlight = 4;  // packs that a thread has asked for before it looks at the first
 
-template <typename T>
-__device__ __forceinline__ float exponential(float x) {
-  // Half precision in, half precision out: __expf's error grows with |x|, as its result vanishes.
-  return sizeof(T) == 4 ? expf(x) : __expf(x);
+// No maximum is below this, and times log2(e) it is a float still.
+constexpr float kLowest = -1e38f;
+constexpr float kLog2E = 1.4426950408889634f;
+
+__device__ __forceinline__ float power_of_two(float x) {
+#if defined(MEGATRON_EMULATED)
+  return exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
 }
+
+// exp(z - maximum) of logits z. A sum of them is turned into one under another maximum by `from`,
+// and into one under the very maximum by `correction`.
+struct Exact {
+  float maximum;
+
+  __device__ __forceinline__ explicit Exact(float maximum) : maximum(maximum) {}
+  __device__ __forceinline__ float exponential(float z) const { return expf(z - maximum); }
+  __device__ __forceinline__ float from(Exact other) const { return expf(other.maximum - maximum); }
+  __device__ __forceinline__ float correction() const { return 1.0f; }
+};
+
+// For half precision, of which twice as many logits arrive in a second: two instructions for each,
+// 2^(z log2(e) - shift). The shift has been rounded, which is the same factor in all of a row's.
+struct Quick {
+  float maximum, shift;
+
+  __device__ __forceinline__ explicit Quick(float maximum) : maximum(maximum) {
+    // Not a product that the compiler may do with a sum in one, and then without rounding.
+    shift = __fmul_rn(maximum, kLog2E);
+  }
+  __device__ __forceinline__ float exponential(float z) const {
+    return power_of_two(fmaf(z, kLog2E, -shift));
+  }
+  __device__ __forceinline__ float from(Quick other) const {
+    return power_of_two(other.shift - shift);
+  }
+  __device__ __forceinline__ float correction() const {
+    return power_of_two(fmaf(maximum, -kLog2E, shift));
+  }
+};
+
+template <typename T>
+struct Chosen {
+  using type = Quick;
+};
+template <>
+struct Chosen<float> {
+  using type = Exact;
+};
+template <typename T>
+using Under = typename Chosen<T>::type;
 
 // A row in packs at addresses that are divisible by their size, and what lies around these.
 template <typename T, int V>
@@ -65,44 +115,46 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   Cut<T, V> cut(row, real);
   int thread = static_cast<int>(threadIdx.x);
-  float maximum = Max::kNothing, total = 0.0f;
+  Under<T> under(kLowest);
+  float total = 0.0f;
   if (thread < cut.edges) {
     float z = to_float(row[cut.edge(thread)]);
-    maximum = fmaxf(maximum, z);
-    total = exponential<T>(z - maximum);
+    under = Under<T>(fmaxf(kLowest, z));
+    total = under.exponential(z);
   }
   for (int first = thread; first < cut.packs; first += kThreads * kFlight) {
-    float z[kFlight][V], sums[kFlight], top = maximum;
+    float z[kFlight][V], sums[kFlight], top = under.maximum;
 #pragma unroll
     for (int k = 0; k < kFlight; k++) {
       int pack = first + k * kThreads;
 #pragma unroll
-      for (int i = 0; i < V; i++) z[k][i] = Max::kNothing;
+      for (int i = 0; i < V; i++) z[k][i] = kLowest;
       if (pack < cut.packs) load<V>(row + cut.pack(pack), z[k]);
     }
 #pragma unroll
     for (int k = 0; k < kFlight; k++)
 #pragma unroll
       for (int i = 0; i < V; i++) top = fmaxf(top, z[k][i]);
+    Under<T> now(top);
 #pragma unroll
     for (int k = 0; k < kFlight; k++) {
       sums[k] = 0.0f;
       if (first + k * kThreads < cut.packs) {
 #pragma unroll
-        for (int i = 0; i < V; i++) sums[k] += exponential<T>(z[k][i] - top);
+        for (int i = 0; i < V; i++) sums[k] += now.exponential(z[k][i]);
       }
     }
-    total *= exponential<T>(maximum - top);
+    total *= now.from(under);
 #pragma unroll
     for (int k = 0; k < kFlight; k++) total += sums[k];
-    maximum = top;
+    under = now;
   }
 
-  float whole = over_block<Max, kThreads>(maximum, scratch);
-  total = over_block<Sum, kThreads>(total * exponential<T>(maximum - whole), scratch);
+  Under<T> whole(over_block<Max, kThreads>(under.maximum, scratch));
+  total = over_block<Sum, kThreads>(total * whole.from(under), scratch) * whole.correction();
   if (thread == 0) {
-    loss[n] = logf(total) - (at_target - whole);
-    statistics[n] = whole;
+    loss[n] = logf(total) - (at_target - whole.maximum);
+    statistics[n] = whole.maximum;
     statistics[rows + n] = total;
     statistics[2 * rows + n] = at_target;
   }
@@ -118,11 +170,12 @@ __global__ void __launch_bounds__(kThreads, 2)
   int64_t n = blockIdx.x;
   const T* row = logits + n * stride;
   T* own_row = to + n * to_stride;
-  float grad = grads[n * grad_stride], maximum = maxima[n], scale = grad / totals[n];
+  Under<T> under(maxima[n]);
+  float grad = grads[n * grad_stride], scale = grad / totals[n] * under.correction();
   int target = own(targets[n], start, real);
   bool counts = grad != 0.0f;
   auto gradient = [&](float z, int column) {
-    float value = exponential<T>(z - maximum) * scale;
+    float value = under.exponential(z) * scale;
     if (column == target) value -= grad;
     return counts && column < real ? value : 0.0f;
   };

@@ -22,6 +22,9 @@ from torch import Tensor
 from megatron.ops import kernels
 from megatron.ops.operator import operator
 
+# The maximum of no logits at all; as `csrc/cuda/cross_entropy.cu` has it.
+_LOWEST = -1e38
+
 
 def _forward_kernel(
     logits: Tensor, targets: Tensor, start: int, real: int
@@ -41,8 +44,7 @@ def _forward_kernel(
 
 def _forward_twin(logits: Tensor, targets: Tensor, start: int, real: int) -> tuple[Tensor, Tensor]:
     z = _widened(logits[:, :real])
-    lowest = torch.finfo(torch.float32).min
-    maximum = z.amax(1).clamp(min=lowest) if real else z.new_full((z.size(0),), lowest)
+    maximum = z.amax(1).clamp(min=_LOWEST) if real else z.new_full((z.size(0),), _LOWEST)
     total = (z - maximum[:, None]).exp_().sum(1)
     column, elsewhere = _own(targets, start, real)
     at_target = torch.zeros_like(total)
