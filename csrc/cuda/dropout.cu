@@ -73,11 +73,11 @@ __device__ __forceinline__ void store_all(T* to, const float (&from)[V]) {
 // side, so that a row is read as a whole.
 template <int V, int kRows>
 struct Tile {
-  int64_t across, rows, columns, column, part;
+  int64_t rows, columns, column, part;
 
   __device__ __forceinline__ Tile(int64_t rows, int64_t columns) : rows(rows), columns(columns) {
-    across = (columns / V + kAlong - 1) / kAlong;
-    column = (blockIdx.x % across * kAlong + threadIdx.x) * V;
+    uint32_t across = static_cast<uint32_t>((columns / V + kAlong - 1) / kAlong);
+    column = (static_cast<int64_t>(blockIdx.x % across) * kAlong + threadIdx.x) * V;
     part = blockIdx.x / across;
   }
   __device__ __forceinline__ bool has_columns() const { return column < columns; }

@@ -54,11 +54,12 @@ __device__ __forceinline__ Place find(const Heads& heads, int64_t row, uint32_t 
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads)
     turn(const T* x, const T* cos, const T* sin, T* y, float sign, Heads heads) {
-  int64_t begin = static_cast<int64_t>(blockIdx.x) * kTile;
-  int64_t row = begin / heads.in_row;
+  uint64_t begin = static_cast<uint64_t>(blockIdx.x) * kTile;
+  int64_t row = static_cast<int64_t>(begin / heads.in_row);
   uint32_t in_row = static_cast<uint32_t>(begin % heads.in_row);
   // The last block's threads without a unit of their own load the last one again.
-  uint32_t last = static_cast<uint32_t>(min(heads.units - begin, static_cast<int64_t>(kTile))) - 1;
+  uint64_t left = static_cast<uint64_t>(heads.units) - begin;
+  uint32_t last = static_cast<uint32_t>(left < kTile ? left : kTile) - 1;
   float first[kFlight][V], second[kFlight][V], c[kFlight][V], s[kFlight][V];
   Place places[kFlight];
 #pragma unroll
