@@ -147,7 +147,7 @@ class ParallelAttention(nn.Module):
         else:
             query, key, value = self._project(x, encoder_output, rotation)
             context = self._attend(query, key, value, mask)  # [s, b, n d / t]
-        return self.dense(context) if add_bias else self.dense.without_bias(context)
+        return self.dense(context, add_bias=add_bias)
 
     @property
     def output_bias(self) -> torch.Tensor | None:

@@ -65,8 +65,7 @@ class ParallelMLP(nn.Module):
 
         Without ``add_bias`` the bias of ``dense_4h_to_h`` is left to the caller.
         """
-        hidden = self._widen(x)
-        return self.dense_4h_to_h(hidden) if add_bias else self.dense_4h_to_h.without_bias(hidden)
+        return self.dense_4h_to_h(self._widen(x), add_bias=add_bias)
 
     @property
     def output_bias(self) -> torch.Tensor | None:
@@ -77,7 +76,7 @@ class ParallelMLP(nn.Module):
         """The first product and the activation: [s, b, h] -> [s, b, f / t]"""
         first = self.dense_h_to_4h
         if kernels.active(x) and self.kind in KINDS:
-            product = first.without_bias(x)
+            product = first(x, add_bias=False)
             return bias_activation(product, first.bias, self.kind, gated=self.is_gated)
         return self._activate(first(x))
 

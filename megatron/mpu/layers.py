@@ -287,24 +287,20 @@ class ColumnParallelLinear(nn.Module):
             spec = ShardSpec(f"{name}.bias", (output_size,), dim=0, blocks=blocks)
             self.bias = _new(spec, state, zeros, dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in] -> [..., out / t], or [..., out] gathered"""
-        y = self._product(x, self.bias)
-        return gather_from_tensor_region(y, self.axis) if self.gather_output else y
+    def forward(self, x: torch.Tensor, *, add_bias: bool = True) -> torch.Tensor:
+        """[..., in] -> [..., out / t], or [..., out] gathered.
 
-    def without_bias(self, x: torch.Tensor) -> torch.Tensor:
-        """x A^T of this rank, for those who add the bias themselves: [..., in] -> [..., out / t]"""
-        return self._product(x, None)
-
-    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return linear(
+        Without ``add_bias`` the bias is left to the caller, who fuses it with what follows.
+        """
+        y = linear(
             x,
             self.weight,
-            bias,
+            self.bias if add_bias else None,
             grad_axis=self.axis,
             split_sequence=self.sequence_parallel,
             products=self.products,
         )
+        return gather_from_tensor_region(y, self.axis) if self.gather_output else y
 
 
 class RowParallelLinear(nn.Module):
@@ -344,21 +340,22 @@ class RowParallelLinear(nn.Module):
             spec = ShardSpec(f"{name}.bias", (output_size,), partial=partial)
             self.bias = _new(spec, state, zeros, dtype)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[s, ..., in / t], or [s, ..., in] where x is whole -> [s or s / t, ..., out]"""
-        if self.axis.size > 1:
-            y = self.without_bias(x)
-            return y if self.bias is None else y + self.bias
-        return linear(x, self.weight, self.bias, products=self.products)
+    def forward(self, x: torch.Tensor, *, add_bias: bool = True) -> torch.Tensor:
+        """[s, ..., in / t], or [s, ..., in] where x is whole -> [s or s / t, ..., out].
 
-    def without_bias(self, x: torch.Tensor) -> torch.Tensor:
-        """x A^T, for those who add the bias themselves; shapes as of `forward`."""
+        Without ``add_bias`` the bias is left to the caller, who fuses it with what follows.
+        """
         if not self.input_is_parallel:
             x = scatter_to_tensor_region(x, self.axis)
+        bias = self.bias if add_bias else None
+        if self.axis.size == 1:
+            return linear(x, self.weight, bias, products=self.products)
         y = linear(x, self.weight, None, products=self.products)
         if self.sequence_parallel:
-            return reduce_scatter_to_sequence_region(y, self.axis)
-        return reduce_from_tensor_region(y, self.axis)
+            y = reduce_scatter_to_sequence_region(y, self.axis)
+        else:
+            y = reduce_from_tensor_region(y, self.axis)
+        return y if bias is None else y + bias
 
 
 def parallel_lm_logits(
