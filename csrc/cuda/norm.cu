@@ -88,8 +88,8 @@ __device__ __forceinline__ Pack<T, V> fetch(const T* from) {
   return *reinterpret_cast<const Pack<T, V>*>(from);
 }
 
-// One access for all of a pack, said in PTX: of packs that are stored in an unrolled loop the compiler
-// makes a store for each element.
+// One access for all of a pack, said in PTX: where packs are stored in an unrolled loop the compiler
+// makes a store of each element.
 template <typename T, int V>
 __device__ __forceinline__ void put(T* to, const Pack<T, V>& pack) {
 #if defined(MEGATRON_EMULATED)
@@ -332,9 +332,11 @@ __global__ void __launch_bounds__(kBackwardThreads<V, kAdd>) differentiate(Backw
   uint64_t key = kAdd ? key_of(of.dropout) : 0;
 
   float of_weight[P][V] = {}, of_norm_bias[P][V] = {}, of_bias[kAdd ? P : 1][V] = {};
+  // Neighbouring rows go to different blocks, so that the last rows keep all multiprocessors busy.
   int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
-  for (int64_t base = static_cast<int64_t>(blockIdx.x) * blockDim.y; base < of.rows; base += step) {
-    int64_t row = base + threadIdx.y, start = row * of.columns + first;
+  for (int64_t base = blockIdx.x; base < of.rows; base += step) {
+    int64_t row = base + static_cast<int64_t>(threadIdx.y) * gridDim.x;
+    int64_t start = row * of.columns + first;
     bool live = row < of.rows;
     int64_t mine = live ? width : 0;
 
