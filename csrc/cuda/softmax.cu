@@ -59,14 +59,19 @@ struct Scores {
 
   __device__ __forceinline__ void fetch_at(const T* row, const uint8_t* mask, int column,
                                            int limit) {
+    x = {};
+#pragma unroll
+    for (int i = 0; i < V; i++) seen.values[i] = 1;
     if (column >= limit) return;
     x = fetch<V>(row + column);
     if (mask) seen = fetch<V>(mask + column);
   }
 
-  __device__ __forceinline__ float at(int i, bool masked, int column, int limit) const {
-    bool shown = column + i < limit && !(masked && !seen.values[i]);
-    return shown ? to_float(x.values[i]) : hidden();
+  // Chosen after the conversion, which is cheaper than a branch.
+  __device__ __forceinline__ float at(int i, int column, int limit) const {
+    float score = to_float(x.values[i]);
+    bool shown = (column + i < limit) & (seen.values[i] != 0);
+    return shown ? score : hidden();
   }
 };
 
@@ -112,7 +117,7 @@ __global__ void __launch_bounds__(kBlock<kTeam>)
   for (int p = 0; p < kPacks; p++)
 #pragma unroll
     for (int i = 0; i < V; i++) {
-      values[p][i] = scores[p].at(i, seen, first + p * kTeam * V, limit);
+      values[p][i] = scores[p].at(i, first + p * kTeam * V, limit);
       largest = Max::of(largest, values[p][i]);
     }
   largest = over_team<Max, kTeam>(largest);
@@ -157,10 +162,10 @@ __global__ void __launch_bounds__(kLongTeam)
     if (kKept) *reinterpret_cast<Pack<T, V>*>(kept + column) = scores.x;
     float before = own;
 #pragma unroll
-    for (int i = 0; i < V; i++) own = Max::of(own, scores.at(i, seen, column, limit));
+    for (int i = 0; i < V; i++) own = Max::of(own, scores.at(i, column, limit));
     sum *= exp2f((before - own) * factor);
 #pragma unroll
-    for (int i = 0; i < V; i++) sum += exp2f((scores.at(i, seen, column, limit) - own) * factor);
+    for (int i = 0; i < V; i++) sum += exp2f((scores.at(i, column, limit) - own) * factor);
   }
   float largest = over_team<Max, kLongTeam>(own);
   float inverse = 1.0f / over_team<Sum, kLongTeam>(sum * exp2f((own - largest) * factor));
@@ -171,7 +176,7 @@ __global__ void __launch_bounds__(kLongTeam)
     float values[V];
 #pragma unroll
     for (int i = 0; i < V; i++)
-      values[i] = exp2f((scores.at(i, seen, column, limit) - largest) * factor) * inverse;
+      values[i] = exp2f((scores.at(i, column, limit) - largest) * factor) * inverse;
     store<V>(y + column, values);
   }
 }
@@ -199,9 +204,10 @@ __global__ void __launch_bounds__(kBlock<kTeam>)
 #pragma unroll
   for (int p = 0; p < kPacks; p++)
 #pragma unroll
-    for (int i = 0; i < V; i++)
-      if (first + p * kTeam * V + i < limit)
-        sum += to_float(grads[p].values[i]) * to_float(weights[p].values[i]);
+    for (int i = 0; i < V; i++) {
+      float product = to_float(grads[p].values[i]) * to_float(weights[p].values[i]);
+      sum += first + p * kTeam * V + i < limit ? product : 0.0f;
+    }
   sum = over_team<Sum, kTeam>(sum);
 #pragma unroll
   for (int p = 0; p < kPacks; p++) {
@@ -211,7 +217,8 @@ __global__ void __launch_bounds__(kBlock<kTeam>)
 #pragma unroll
     for (int i = 0; i < V; i++) {
       float weight = scale * to_float(weights[p].values[i]);
-      result[i] = column + i < limit ? weight * (to_float(grads[p].values[i]) - sum) : 0.0f;
+      float value = weight * (to_float(grads[p].values[i]) - sum);
+      result[i] = column + i < limit ? value : 0.0f;
     }
     store<V>(grad_x + column, result);
   }
@@ -237,8 +244,10 @@ __global__ void __launch_bounds__(kLongTeam)
       *reinterpret_cast<Pack<T, V>*>(kept_y + column) = weight;
     }
 #pragma unroll
-    for (int i = 0; i < V; i++)
-      if (column + i < limit) sum += to_float(g.values[i]) * to_float(weight.values[i]);
+    for (int i = 0; i < V; i++) {
+      float product = to_float(g.values[i]) * to_float(weight.values[i]);
+      sum += column + i < limit ? product : 0.0f;
+    }
   }
   sum = over_team<Sum, kLongTeam>(sum);
 #pragma unroll 4
@@ -249,8 +258,10 @@ __global__ void __launch_bounds__(kLongTeam)
       load<V>((kKept ? kept_grad : grad) + column, g);
       load<V>((kKept ? kept_y : y) + column, weight);
 #pragma unroll
-      for (int i = 0; i < V; i++)
-        if (column + i < limit) result[i] = scale * weight[i] * (g[i] - sum);
+      for (int i = 0; i < V; i++) {
+        float value = scale * weight[i] * (g[i] - sum);
+        result[i] = column + i < limit ? value : 0.0f;
+      }
     }
     store<V>(grad_x + column, result);
   }
