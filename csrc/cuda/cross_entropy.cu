@@ -1,4 +1,4 @@
-// Cross entropy of rows of logits z [n, v], of which the first `real` columns count, with targets y:
+// Cross entropy of rows of logits z [n, v], of which the first `real` columns count, and targets y:
 //
 //   m = max_v z_v,  s = sum_v exp(z_v - m),  loss = log(s) - (z_y - m)
 //   d loss / d z_v = exp(z_v - m) / s - [v = y], times the gradient of the row's loss
@@ -160,8 +160,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// Writes all `columns` of `to`, which may be the logits: zeros from `real` on, and in rows whose loss
-// has gradient 0, which are not read.
+// Writes all `columns` of `to`, which may be the logits: zeros from `real` on, and in rows whose
+// loss has gradient 0, which are not read.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads, 2)
     differentiate(const T* logits, int64_t stride, const int64_t* targets, const float* maxima,
@@ -231,9 +231,9 @@ EXPORT int cross_entropy_backward(const void* logits, const void* targets, const
   using namespace megatron;
   return with_format(format, [&](auto t) {
     using T = typename decltype(t)::type;
-    // Packs of a row lie alike in both.
-    bool alike = (reinterpret_cast<uintptr_t>(logits) - reinterpret_cast<uintptr_t>(to)) % 16 == 0 &&
-                 (stride - to_stride) % kFull<T> == 0;
+    // Whether the packs of a row lie alike in both.
+    uintptr_t apart = reinterpret_cast<uintptr_t>(logits) - reinterpret_cast<uintptr_t>(to);
+    bool alike = apart % 16 == 0 && (stride - to_stride) % kFull<T> == 0;
     auto kernel = alike ? differentiate<T, kFull<T>> : differentiate<T, 1>;
     return launch(kernel, dim3(static_cast<unsigned>(rows)), dim3(kThreads), 0, stream,
                   static_cast<const T*>(logits), stride, static_cast<const int64_t*>(targets),
