@@ -1,5 +1,5 @@
-// Rotary positions (arXiv 2104.09864) on heads as the product leaves them, in groups of queries with
-// their key and their value: all heads of a group but the last, the value, are turned.
+// Rotary positions (arXiv 2104.09864) on heads as the product leaves them, in groups of queries
+// with their key and their value: all heads of a group but the last, the value, are turned.
 //
 //   first, second -> first cos - second sin, second cos + first sin
 //
@@ -15,8 +15,8 @@ constexpr int kThreads = 256;
 constexpr int kFlight = 2;  // units of a thread that are loaded at once
 constexpr int kTile = kThreads * kFlight;
 
-// A row are the heads that share their angles: those of a position, of a sample or of all. A unit is
-// what a thread turns or copies at once, two packs of pairs or one pack of other channels.
+// A row are the heads that share their angles: those of a position, of a sample or of all. A unit
+// is what a thread turns or copies at once, two packs of pairs or one pack of other channels.
 struct Heads {
   int64_t units;      // of all rows
   uint32_t in_row;    // units of a row
