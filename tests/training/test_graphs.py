@@ -12,6 +12,7 @@ from torch import Tensor
 
 from megatron.errors import ConfigError
 from megatron.mpu import ParallelState
+from megatron.ops import kernels
 from megatron.training.batches import evaluation_batches, training_batches
 from megatron.training.graphs import (
     MOST_GRAPHS,
@@ -90,6 +91,12 @@ def test_a_loss_scale_that_moves_is_found_in_its_place() -> None:
     model = {"model_type": "gpt", "fp64": False, "fp16": True, **DROPOUT}
     doubling = {"initial_loss_scale": 2.0, "loss_scale_window": 1}
     _assert_same_runs(1, model=model, optimizer=doubling)
+
+
+def test_kernels_are_recorded_like_any_operator() -> None:
+    model = {"model_type": "gpt", "num_layers": 1, "fp64": False, "bf16": True, **DROPOUT}
+    with kernels.using("emulated"):
+        _assert_same_runs(1, model=model)
 
 
 @pytest.mark.parametrize("parallel", [{}, {"use_distributed_optimizer": True}], ids=str)
