@@ -12,11 +12,16 @@ Each shape is compiled by itself, at its first call; training has few.
 from __future__ import annotations
 
 import functools
+import importlib.util
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import ParamSpec, TypeVar
 
 import torch
+
+from megatron.errors import ConfigError
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -24,21 +29,39 @@ _R = TypeVar("_R")
 _enabled = False
 
 
-def enable(enabled: bool) -> None:
-    """Compile marked functions from now on, or run them as they are written."""
+def choose(enabled: bool, device: torch.device) -> None:
+    """Compile marked functions from now on, or run them as they are written.
+
+    Raises:
+        ConfigError: they cannot be compiled here.
+    """
     global _enabled
+    if enabled and (missing := _missing(device)):
+        raise ConfigError(f"--compile needs {missing}, which is not here")
     _enabled = enabled
 
 
 @contextmanager
-def using(enabled: bool) -> Iterator[None]:
+def using(enabled: bool, device: torch.device | str = "cpu") -> Iterator[None]:
     """Another choice within the `with` block."""
+    global _enabled
     before = _enabled
-    enable(enabled)
+    choose(enabled, torch.device(device))
     try:
         yield
     finally:
-        enable(before)
+        _enabled = before
+
+
+def _missing(device: torch.device) -> str | None:
+    """What PyTorch's compiler would ask for in vain."""
+    if device.type != "cpu" and importlib.util.find_spec("triton") is None:
+        return "triton"
+    on_cpu = device.type == "cpu"
+    variable, compilers = ("CXX", ("g++", "clang++")) if on_cpu else ("CC", ("gcc", "clang"))
+    named = os.environ.get(variable)
+    found = any(shutil.which(each) for each in ((named,) if named else compilers))
+    return None if found else f"a compiler ({variable} or {compilers[0]})"
 
 
 def fusable(function: Callable[_P, _R]) -> Callable[_P, _R]:

@@ -95,7 +95,7 @@ def initialize(config: Config) -> ParallelState:
         dist.init_process_group(backend, timeout=timeout, device_id=on_device)
         start_watchdog(own_rank(), limit, device)
     kernels.choose(config.train.kernels, device)
-    compiled.enable(config.train.compile)
+    compiled.choose(config.train.compile, device)
     state = install(ParallelState.create(rank_grid(config, world), device=device, timeout=timeout))
     _seed_everything(config.train.seed)
     return state

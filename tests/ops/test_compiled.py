@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.errors import ConfigError
 from megatron.ops import compiled
 from megatron.ops.compiled import fusable
 
@@ -51,3 +55,22 @@ def test_the_choice_ends_with_its_block(enabled: bool, monkeypatch: pytest.Monke
         assert double(3) == 6
     assert double(4) == 8
     assert len(asked) == enabled
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_missing_is_named(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed: dict[str, object] = {}
+    monkeypatch.setattr(importlib.util, "find_spec", installed.get)
+    monkeypatch.setattr(shutil, "which", installed.get)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("CC", raising=False)
+    with compiled.using(False, device):  # asks for nothing
+        pass
+    missing = {"cpu": ["CXX or g++"], "cuda": ["triton", "CC or gcc"]}[device]
+    for name, tool in zip(missing, ("triton", "gcc"), strict=False):
+        with pytest.raises(ConfigError, match=f"--compile needs .*{name}"):
+            compiled.choose(True, torch.device(device))
+        installed[tool] = tool
+    installed["g++"] = "g++"
+    with compiled.using(False):
+        compiled.choose(True, torch.device(device))
