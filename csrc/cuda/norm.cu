@@ -88,8 +88,8 @@ __device__ __forceinline__ Pack<T, V> fetch(const T* from) {
   return *reinterpret_cast<const Pack<T, V>*>(from);
 }
 
-// One access for all of a pack, said in PTX: where packs are stored in an unrolled loop the compiler
-// makes a store of each element.
+// One access for all of a pack, said in PTX: where packs are stored in an unrolled loop or behind
+// a condition, the compiler makes a store of each element.
 template <typename T, int V>
 __device__ __forceinline__ void put(T* to, const Pack<T, V>& pack) {
 #if defined(MEGATRON_EMULATED)
@@ -433,13 +433,14 @@ int with_formats(int64_t stream, int64_t weights, Work work) {
 template <bool kAdd, typename S, typename W>
 int forward(const Forward<S, W>& of, Stream stream) {
   constexpr int V = kPack<S, W>;
-  constexpr int64_t kRow = 128;  // threads of a block of short rows
+  constexpr int64_t kShort = 128;   // threads of a block of short rows
+  constexpr int64_t kUnpacked = 8;  // elements of a row without packs that make a thread worth it
   using Wider = typename decltype(wider<S, W>())::type;
   bool packs = fits<Wider>(of.columns, of.stream, of.x, of.bias, of.total, of.weight, of.norm_bias,
                            of.y);
-  int64_t threads = threads_of(of.columns, kForwardElements);
+  int64_t threads = threads_of(of.columns, packs ? kForwardElements : kUnpacked);
   bool held = packs && threads <= kForwardThreads;
-  dim3 block = held ? block_of(threads, kRow) : dim3(kForwardThreads);
+  dim3 block = block_of(threads < kForwardThreads ? threads : kForwardThreads, kShort);
   dim3 grid(static_cast<unsigned>(divide_up(of.rows, block.y)));
   auto kernel = held    ? normalise<S, W, V, true, kAdd>
                 : packs ? normalise<S, W, V, false, kAdd>
