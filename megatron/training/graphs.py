@@ -118,9 +118,11 @@ def leave_default_stream(device: torch.device) -> None:
     To be called before a model is made: autograd adds up gradients on the stream on which it first
     met their parameters.
     """
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    torch.cuda.set_stream(stream)
+    default = torch.cuda.default_stream(device)
+    if torch.cuda.current_stream(device) == default:
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(default)
+        torch.cuda.set_stream(stream)
 
 
 def check(config: Config) -> None:
