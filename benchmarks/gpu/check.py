@@ -59,14 +59,15 @@ class Section:
     rehearsed: bool = False
 
 
-# Those of a phase run at the same time; nothing is measured in a phase of several.
+# Those of a phase run at the same time: the first has one that needs the GPU alone and one that
+# does not need it, the second measures nothing.
 PHASES: tuple[tuple[Section, ...], ...] = (
-    (Section("machine", 60),),
-    (Section("build", 150),),
+    (Section("machine", 60), Section("build", 150)),
     (Section("tests", 130), Section("sanitizer", 130), Section("agreement", 130)),
     (Section("kernels", 150, rehearsed=True),),
     (Section("training", 330, rehearsed=True),),
 )
+REHEARSALS = 1  # the phase beside which there are some
 SECTIONS = [section.name for phase in PHASES for section in phase]
 # What is kept back for each phase that is still to come, so that the last ones get their turn.
 KEPT_BACK = {"kernels": 60.0, "training": 150.0}
@@ -106,7 +107,7 @@ class Check:
             later = [each for others in PHASES[number + 1 :] for each in others]
             own = [section for section in phase if section.name in self.only]
             running = [self._start(section, later) for section in own]
-            if own and len(phase) > 1:
+            if own and number == REHEARSALS:
                 rehearsed = [each for each in later if each.rehearsed and each.name in self.only]
                 running += [self._start(each, later, rehearse=True) for each in rehearsed]
             self._wait(running)
@@ -119,7 +120,7 @@ class Check:
         kept = sum(KEPT_BACK.get(each.name, 0.0) for each in later if each.name in self.only)
         left = self.deadline - time.monotonic() - kept
         # A rehearsal is as long as the sections beside which it runs.
-        limit = min(section.limit, 130.0) if rehearse else section.limit
+        limit = min(section.limit, PHASES[REHEARSALS][0].limit) if rehearse else section.limit
         seconds = max(min(limit, left), 5.0)
         stem = f"{section.name}-rehearsal" if rehearse else section.name
         findings = WORK / f"{stem}.json"

@@ -47,7 +47,7 @@ def measured(
     case: Case, context: Context, stopwatch: Stopwatch, rounds: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """The figures of a case's forward pass and, where it has one, backward pass."""
-    draw = Draw(context.device_type, tiny=context.smoke)
+    draw = Draw(context.device_type, tiny=0 if context.smoke else None)
     torch.manual_seed(1)
     sets = [case.draw(draw) for _ in range(SETS)]
     functions = {OURS: case.ours, TORCH: case.torch or case.formula}
@@ -64,7 +64,8 @@ def measured(
         made = {key: _made(action, function, sets) for key, function in functions.items()}
         absent = {key: error for key, error in made.items() if isinstance(error, str)}
         contestants |= {key: found for key, found in made.items() if not isinstance(found, str)}
-        bursts = {key: list(found) * BURST for key, found in contestants.items()}
+        times_over = 1 if context.smoke else BURST
+        bursts = {key: list(found) * times_over for key, found in contestants.items()}
         times = contest(bursts, stopwatch, rounds)
         times |= {key: Times(absent=reason) for key, reason in absent.items()}
         found = figures(times, moved) if rounds else {}

@@ -1,12 +1,13 @@
 """Runs every kernel on small inputs in every format, for a checker of races or memory to watch.
 
-    python -m benchmarks.gpu.every_kernel cuda
+    python -m benchmarks.gpu.every_kernel cuda [float32 float16 bfloat16]
 
 Prints the launchers that it has reached, one to a line.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from benchmarks.gpu.kernels import CASES, Case, Draw
 from megatron.ops import kernels
 
 
-def run_all(device: str, dtypes: Sequence[torch.dtype] = tuple(kernels.FORMATS)) -> set[str]:
+def run_all(device: str, dtypes: Sequence[torch.dtype]) -> set[str]:
     """The names of the launchers that were called."""
     reached: set[str] = set()
     launch = kernels.launch
@@ -31,8 +32,8 @@ def run_all(device: str, dtypes: Sequence[torch.dtype] = tuple(kernels.FORMATS))
     try:
         with kernels.using("cuda" if device == "cuda" else "emulated", device):
             for dtype in dtypes:
-                for case in CASES:
-                    _run(case, Draw(device, tiny=True, dtype=dtype))
+                for case, tiny in itertools.product(CASES, (0, 1)):
+                    _run(case, Draw(device, tiny=tiny, dtype=dtype))
     finally:
         kernels.launch = launch
     return reached
@@ -45,4 +46,6 @@ def _run(case: Case, draw: Draw) -> None:
 
 
 if __name__ == "__main__":
-    print("\n".join(sorted(run_all(sys.argv[1]))))
+    device, *formats = sys.argv[1:]
+    chosen = [getattr(torch, name) for name in formats] or list(kernels.FORMATS)
+    print("\n".join(sorted(run_all(device, chosen))))

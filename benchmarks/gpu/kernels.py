@@ -10,36 +10,51 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from megatron.ops import philox
 from megatron.ops.adamw import adamw_
 from megatron.ops.cross_entropy import logits_gradient, row_losses
+from megatron.ops.dropout import bias_dropout_add
 from megatron.ops.fp8 import Factor, fp8_cast, fp8_scale, fp8_transpose
+from megatron.ops.fused_norm import norm_after_add
 from megatron.ops.mlp import bias_activation
 from megatron.ops.multi_tensor import divide_, sum_of_squares
+from megatron.ops.norm import layer_norm, rms_norm
+from megatron.ops.rotary import Rotation, rotate, rotate_packed, rotation
+from megatron.ops.softmax import scaled_softmax
 
 Inputs = tuple[Any, ...]
 Function = Callable[..., Any]
 
 E4M3 = torch.float8_e4m3fn
-LEARNING_RATE, BETAS, EPSILON, DECAY = 1e-4, (0.9, 0.999), 1e-8, 0.01
+LEARNING_RATE, BETAS, ADAM_EPSILON, DECAY = 1e-4, (0.9, 0.999), 1e-8, 0.01
+EPSILON = 1e-5
+DROPPED = 0.1
+SCALE = 0.125
 
 
 @dataclass
 class Draw:
-    """Draws inputs: at full size, or at a tiny one that has all kinds of edges."""
+    """Draws inputs.
+
+    Attributes:
+        tiny: None for full size; 0 for a tiny size that fits into whole accesses, 1 for one that
+            does not.
+    """
 
     device: str
-    tiny: bool
+    tiny: int | None = None
     dtype: torch.dtype = torch.bfloat16
 
-    def pick(self, full: int, tiny: int) -> int:
+    def pick(self, full: int, *tiny: int) -> int:
         """A size."""
-        return tiny if self.tiny else full
+        return full if self.tiny is None else tiny[min(self.tiny, len(tiny) - 1)]
 
     def normal(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
         """Of mean 0 and deviation 1."""
@@ -86,7 +101,7 @@ def size(*tensors: Tensor) -> int:
 
 
 def _bias_activation(draw: Draw, width: int = 1) -> Inputs:
-    f = width * draw.pick(8192, 136)
+    f = width * draw.pick(8192, 136, 67)
     return draw.normal(draw.pick(16384, 70), f), draw.normal(f)
 
 
@@ -95,13 +110,17 @@ def _gated(x: Tensor, bias: Tensor) -> Tensor:
     return F.silu(gate) * linear
 
 
+def _bias_gelu(x: Tensor, bias: Tensor, *, approximate: str) -> Tensor:
+    return F.gelu(x + bias, approximate=approximate)
+
+
 def _mlp_cases() -> Iterable[Case]:
     for kind, approximate in (("gelu", "none"), ("gelu_tanh", "tanh")):
         yield Case(
             name=f"bias, {kind}",
             draw=_bias_activation,
-            ours=lambda x, bias, kind=kind: bias_activation(x, bias, kind, gated=False),
-            formula=lambda x, bias, how=approximate: F.gelu(x + bias, approximate=how),
+            ours=partial(bias_activation, kind=kind, gated=False),
+            formula=partial(_bias_gelu, approximate=approximate),
             moved=lambda x, bias: size(x, bias, x),
             moved_back=lambda x, bias: size(x, x, x, bias, bias),
         )
@@ -115,8 +134,175 @@ def _mlp_cases() -> Iterable[Case]:
     )
 
 
+def _rows(draw: Draw, h: int) -> Inputs:
+    """A stream [n, h] of as many bytes at every h, and a weight and a bias."""
+    width = draw.pick(h, h, h + 1)
+    n = draw.pick(2**27 // h, max(3, 2**14 // h))
+    return draw.normal(n, width), draw.normal(width), draw.normal(width)
+
+
+def _norm_cases() -> Iterable[Case]:
+    # One warp holds a row, a block does, and none does.
+    for h in (1024, 4096, 32768):
+        yield Case(
+            name=f"LayerNorm, h = {h}",
+            draw=partial(_rows, h=h),
+            ours=lambda x, weight, bias: layer_norm(x, weight, bias, EPSILON),
+            formula=lambda x, weight, bias: F.layer_norm(x, weight.shape, weight, bias, EPSILON),
+            moved=lambda x, weight, bias: size(x, x, weight, bias) + 8 * len(x),
+            moved_back=lambda x, weight, bias: size(x, x, x, *(weight, bias) * 2) + 8 * len(x),
+        )
+    yield Case(
+        name="RMSNorm, h = 4096",
+        draw=lambda draw: _rows(draw, 4096)[:2],
+        ours=lambda x, weight: rms_norm(x, weight, EPSILON),
+        formula=lambda x, weight: F.rms_norm(x, weight.shape, weight, EPSILON),
+        moved=lambda x, weight: size(x, x, weight) + 4 * len(x),
+        moved_back=lambda x, weight: size(x, x, x, weight, weight) + 4 * len(x),
+    )
+
+
+def _with_residual(draw: Draw) -> Inputs:
+    x, weight, bias = _rows(draw, 2048)
+    key = draw.below(2**62, 1)
+    return x, torch.randn_like(x), torch.randn_like(bias), weight, bias, key
+
+
+def _norm_after_add(
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    key: Tensor,
+    *,
+    p: float,
+) -> tuple[Tensor, Tensor]:
+    drawn = philox.Draw(key, 0) if p else None
+    return norm_after_add(x, bias, residual, weight, norm_bias, EPSILON, probability=p, draw=drawn)
+
+
+def _added_and_normalised(
+    x: Tensor,
+    residual: Tensor,
+    bias: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    key: Tensor,
+    *,
+    p: float,
+) -> tuple[Tensor, Tensor]:
+    total = residual + F.dropout(x + bias, p)
+    return total, F.layer_norm(total, weight.shape, weight, norm_bias, EPSILON)
+
+
+def _moved_back(x: Tensor, *_: Tensor, p: float) -> int:
+    # Without dropout both terms of the sum have the same gradient.
+    return (5 if p else 4) * size(x) + 8 * len(x)
+
+
+def _residual_cases() -> Iterable[Case]:
+    yield Case(
+        name="bias, dropout, add",
+        draw=lambda draw: (*_with_residual(draw)[:3], draw.below(2**62, 1)),
+        ours=lambda x, residual, bias, key: bias_dropout_add(
+            x, bias, residual, probability=DROPPED, draw=philox.Draw(key, 0)
+        ),
+        formula=lambda x, residual, bias, key: residual + F.dropout(x + bias, DROPPED),
+        moved=lambda x, residual, bias, key: size(x, x, x, bias),
+        # The residual's gradient is the result's own.
+        moved_back=lambda x, residual, bias, key: size(x, x, bias),
+        comparable=False,
+    )
+    for p, words in ((0.0, ""), (DROPPED, ", dropout")):
+        yield Case(
+            name=f"bias{words}, add, LayerNorm",
+            draw=_with_residual,
+            ours=partial(_norm_after_add, p=p),
+            formula=partial(_added_and_normalised, p=p),
+            moved=lambda x, *_: 4 * size(x) + 8 * len(x),
+            moved_back=partial(_moved_back, p=p),
+            comparable=p == 0.0,
+        )
+
+
+def _queries_keys_values(draw: Draw) -> Inputs:
+    s, b, g = draw.pick(2048, 5), draw.pick(8, 2), draw.pick(16, 3)
+    d = draw.pick(128, 32, 6)
+    by = rotation(torch.arange(s, device=draw.device)[:, None], d, 10000.0, draw.dtype)
+    return draw.normal(s, b, g, 3, d), by
+
+
+def _turned(mixed: Tensor, by: Rotation) -> Tensor:
+    """[s, b, g, 3, d] with one query for each key."""
+    query, key, value = mixed.unbind(3)
+    return torch.stack((rotate(query, by), rotate(key, by), value), dim=3)
+
+
+def _rotary_cases() -> Iterable[Case]:
+    yield Case(
+        name="rotary positions",
+        draw=_queries_keys_values,
+        ours=lambda mixed, by: rotate_packed(mixed, by, 1),
+        formula=_turned,
+        moved=lambda mixed, by: size(mixed, mixed, *by),
+        moved_back=lambda mixed, by: size(mixed, mixed, *by),
+    )
+
+
+def _scores(draw: Draw, z: int = 2048) -> Inputs:
+    """[b, n, s, z], as many at every z."""
+    is_long = z > 2048
+    s, n = draw.pick(2048, 3 if is_long else 17), draw.pick(2**27 // (z * 2048), 1)
+    columns = draw.pick(z, z if is_long else 40, z + 1 if is_long else 33)
+    return (draw.normal(2, n, s, columns),)
+
+
+def _masked_scores(draw: Draw) -> Inputs:
+    (scores,) = _scores(draw)
+    seen = draw.positive(scores.size(0), 1, 1, scores.size(-1)) < 0.8
+    seen[..., 0] = True
+    return scores, seen
+
+
+def _causal_softmax(scores: Tensor) -> Tensor:
+    ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+    return (SCALE * scores).masked_fill(ahead, float("-inf")).softmax(-1)
+
+
+def _softmax_cases() -> Iterable[Case]:
+    for z in (2048, 16384):
+        yield Case(
+            name=f"softmax of {z}",
+            draw=partial(_scores, z=z),
+            ours=scaled_softmax,
+            formula=lambda scores: F.softmax(scores, dim=-1),
+            moved=lambda scores: size(scores, scores),
+            moved_back=lambda scores: size(scores, scores, scores),
+        )
+    yield Case(
+        name="scaled masked softmax",
+        draw=_masked_scores,
+        ours=lambda scores, seen: scaled_softmax(scores, seen, scale=SCALE),
+        formula=lambda scores, seen: F.softmax(
+            (SCALE * scores).masked_fill(~seen, float("-inf")), dim=-1
+        ),
+        moved=lambda scores, seen: size(scores, scores, seen),
+        moved_back=lambda scores, seen: size(scores, scores, scores),
+    )
+    yield Case(
+        name="scaled causal softmax",
+        draw=_scores,
+        ours=lambda scores: scaled_softmax(scores, scale=SCALE, causal=True),
+        formula=_causal_softmax,
+        # What is ahead need not be read, but zeros are written there.
+        moved=lambda scores: size(scores) * 3 // 2,
+        moved_back=lambda scores: size(scores) * 2,
+    )
+
+
 def _logits(draw: Draw) -> Inputs:
-    n, v = draw.pick(8192, 9), draw.pick(50304, 1000)
+    n, v = draw.pick(8192, 9), draw.pick(50304, 1000, 777)
     return draw.normal(n, v), draw.below(v, n)
 
 
@@ -161,7 +347,7 @@ class _Shard:
     """Weights, their copy in half precision, gradient and moments, and PyTorch's optimizer."""
 
     def __init__(self, draw: Draw) -> None:
-        count = draw.pick(2**27, 5003)
+        count = draw.pick(2**27, 5008, 5003)
         self.weights, self.gradient, self.mean = (
             draw.normal(count, dtype=torch.float32) for _ in range(3)
         )
@@ -174,7 +360,12 @@ class _Shard:
         parameter = torch.nn.Parameter(self.weights)
         parameter.grad = self.gradient
         self._adam = torch.optim.AdamW(
-            [parameter], lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=DECAY, fused=True
+            [parameter],
+            lr=LEARNING_RATE,
+            betas=BETAS,
+            eps=ADAM_EPSILON,
+            weight_decay=DECAY,
+            fused=True,
         )
 
     @property
@@ -192,7 +383,7 @@ class _Shard:
             divisor=self.divisor,
             lr=LEARNING_RATE,
             betas=BETAS,
-            eps=EPSILON,
+            eps=ADAM_EPSILON,
         )
 
     def torch(self) -> None:
@@ -221,7 +412,7 @@ def _adamw(
     step += 1
     mean.mul_(BETAS[0]).add_(gradient, alpha=1 - BETAS[0])
     square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-    root = (square / (1 - BETAS[1] ** step)).sqrt() + EPSILON
+    root = (square / (1 - BETAS[1] ** step)).sqrt() + ADAM_EPSILON
     update = mean / (1 - BETAS[0] ** step) / root
     weights.mul_(1 - LEARNING_RATE * DECAY).sub_(update, alpha=LEARNING_RATE)
     rounded.copy_(weights)
@@ -312,7 +503,11 @@ def _fp8_cases() -> Iterable[Case]:
 
 
 CASES: tuple[Case, ...] = (
+    *_norm_cases(),
+    *_residual_cases(),
     *_mlp_cases(),
+    *_rotary_cases(),
+    *_softmax_cases(),
     *_cross_entropy_cases(),
     *_optimizer_cases(),
     *_fp8_cases(),

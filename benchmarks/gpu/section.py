@@ -6,6 +6,9 @@ python -m benchmarks.gpu.section NAME FILE SECONDS [--smoke] [--rehearse]
 from __future__ import annotations
 
 import argparse
+import ctypes
+import signal
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +16,8 @@ import torch
 
 from benchmarks.gpu import agreement, building, contests, machine, testing, training
 from benchmarks.gpu.context import Context
+
+_PR_SET_PDEATHSIG = 1  # in Linux' sys/prctl.h
 
 SECTIONS = {
     "machine": machine.run,
@@ -34,6 +39,9 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--rehearse", action="store_true")
     options = parser.parse_args()
+    if sys.platform == "linux":
+        # It has a session of its own, and would outlive a check that is killed.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if options.smoke:
         torch.set_num_threads(1)
     SECTIONS[options.name](
