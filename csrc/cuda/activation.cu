@@ -80,6 +80,7 @@ struct Silu {  // x s(x)
 
 constexpr int kThreads = 128;  // along a row, a pack each
 constexpr int kRows = 64;      // that a block of the backward pass sums
+constexpr int kFlight = 2;     // of them that it asks for before it looks at the first
 constexpr int kBlocks = 4;     // of it at a time on a multiprocessor: room for 128 registers
 
 template <typename A, typename T, int V, bool kGated>
@@ -119,25 +120,32 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   if (kGated && bias) load<V>(bias + columns + column, b_linear);
   int64_t first = static_cast<int64_t>(blockIdx.x) * kRows;
   int64_t last = first + kRows < rows ? first + kRows : rows;
-#pragma unroll 2
-  for (int64_t row = first; row < last; row++) {
-    float g[V], in[V], linear[V];
-    load<V>(grad + row * columns + column, g);
-    load<V>(x + row * width + column, in);
-    if (kGated) load<V>(x + row * width + columns + column, linear);
+  for (int64_t row = first; row < last; row += kFlight) {
+    float g[kFlight][V], in[kFlight][V], linear[kFlight][V];
 #pragma unroll
-    for (int i = 0; i < V; i++) {
-      Point point = A::at(in[i] + b[i]);
-      in[i] = g[i] * point.slope;
-      if (kGated) {
-        in[i] *= linear[i] + b_linear[i];
-        linear[i] = g[i] * point.value;
-        total_linear[i] += linear[i];
-      }
-      total[i] += in[i];
+    for (int k = 0; k < kFlight; k++) {
+      if (row + k >= last) continue;
+      load<V>(grad + (row + k) * columns + column, g[k]);
+      load<V>(x + (row + k) * width + column, in[k]);
+      if (kGated) load<V>(x + (row + k) * width + columns + column, linear[k]);
     }
-    store<V>(grad_x + row * width + column, in);
-    if (kGated) store<V>(grad_x + row * width + columns + column, linear);
+#pragma unroll
+    for (int k = 0; k < kFlight; k++) {
+      if (row + k >= last) continue;
+#pragma unroll
+      for (int i = 0; i < V; i++) {
+        Point point = A::at(in[k][i] + b[i]);
+        in[k][i] = g[k][i] * point.slope;
+        if (kGated) {
+          in[k][i] *= linear[k][i] + b_linear[i];
+          linear[k][i] = g[k][i] * point.value;
+          total_linear[i] += linear[k][i];
+        }
+        total[i] += in[k][i];
+      }
+      store<V>(grad_x + (row + k) * width + column, in[k]);
+      if (kGated) store<V>(grad_x + (row + k) * width + columns + column, linear[k]);
+    }
   }
   if (!sums) return;
   float* own = sums + static_cast<int64_t>(blockIdx.x) * width + column;

@@ -35,7 +35,12 @@ template <int V>
 __device__ __forceinline__ void keep(uint64_t key, uint64_t draw, uint64_t first,
                                      uint32_t threshold, bool (&stays)[V]) {
   if constexpr (V == 1) {
-    stays[0] = philox(key, first / 4, draw).of[first % 4] >= threshold;
+    // By comparison: an index that is not known when compiling would put the words into memory.
+    Words words = philox(key, first / 4, draw);
+    uint32_t word = words.of[0];
+#pragma unroll
+    for (int j = 1; j < 4; j++) word = first % 4 == j ? words.of[j] : word;
+    stays[0] = word >= threshold;
   } else {
 #pragma unroll
     for (int i = 0; i < V; i += 4) {

@@ -42,6 +42,27 @@ __device__ __forceinline__ void load(const T* from, float (&to)[V]) {
   for (int i = 0; i < V; i++) to[i] = to_float(pack.values[i]);
 }
 
+// One instruction for a pack, said in PTX: of a plain assignment nvcc makes one for each 4 bytes.
+template <typename P>
+__device__ __forceinline__ void write(void* to, const P& pack) {
+#if !defined(MEGATRON_EMULATED)
+  if constexpr (sizeof(P) == 16) {
+    uint32_t words[4];
+    memcpy(words, &pack, 16);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]), "r"(words[1]),
+                 "r"(words[2]), "r"(words[3])
+                 : "memory");
+    return;
+  } else if constexpr (sizeof(P) == 8) {
+    uint32_t words[2];
+    memcpy(words, &pack, 8);
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]), "r"(words[1]) : "memory");
+    return;
+  }
+#endif
+  *static_cast<P*>(to) = pack;
+}
+
 template <int V, typename T>
 __device__ __forceinline__ void store(T* to, const float (&from)[V]) {
 #if defined(MEGATRON_EMULATED)
@@ -50,7 +71,7 @@ __device__ __forceinline__ void store(T* to, const float (&from)[V]) {
   Pack<T, V> pack;
 #pragma unroll
   for (int i = 0; i < V; i++) pack.values[i] = Format<T>::from(from[i]);
-  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+  write(to, pack);
 }
 
 // What a value becomes by being stored, for kernels that go on with what others will read.

@@ -142,6 +142,8 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 OF_THE_TRAINING = (
+    "num_layers",
+    "decoder_num_layers",
     "fp64",
     "adam_eps",
     "clip_grad",
