@@ -32,7 +32,7 @@ from megatron.monitor import annotated
 from megatron.training.task import Batch, Parts
 
 # The first run of a shape loads and compiles, and may find out which implementation is the fastest.
-WARM_UPS = 3
+WARM_UPS = 2
 # A graph holds on to the memory of its activations; so many sets of shapes are worth that.
 MOST_GRAPHS = 8
 
