@@ -55,6 +55,7 @@ class Training:
         """The same kind of model at a size for a trial."""
         return replace(
             self,
+            name=f"tiny {self.kind}",
             layers=1,
             hidden=32,
             heads=2,

@@ -11,11 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.gpu import check, testing
 from benchmarks.gpu.check import Check, Running, Section, short_name
-from benchmarks.gpu.every_kernel import run_all
 from benchmarks.gpu.kernels import CASES
 from benchmarks.gpu.models import TRAININGS
 from benchmarks.gpu.report import Goal, goals, markdown
@@ -33,6 +31,14 @@ def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
+def _launchers() -> set[str]:
+    """What `csrc/cuda/` offers to be launched."""
+    found = (
+        re.findall(r"^EXPORT int (\w+)\(", p.read_text(), re.MULTILINE) for p in cuda_sources()
+    )
+    return {name for names in found for name in names}
+
+
 def test_a_trial_goes_through_every_section(tmp_path: Path) -> None:
     done = _run("--smoke", "--out", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -46,6 +52,7 @@ def test_a_trial_goes_through_every_section(tmp_path: Path) -> None:
     for case in found["kernels"].values():
         assert case["share_of_copy"] > 0 and case["ratio_to_torch"] > 0
         assert case.get("difference", 0) < 1e-2
+    assert set(found["sanitizer"]["launchers"]) == _launchers()
     assert set(found["training"]) == {training.name for training in one_of_each_kind()}
     for training in found["training"].values():
         assert training["absent"] == {}
@@ -58,15 +65,6 @@ def test_a_trial_goes_through_every_section(tmp_path: Path) -> None:
     assert table in done.stdout
     for name in (*forward, *found["training"]):
         assert name in table
-
-
-def test_the_table_of_kernels_has_every_launcher() -> None:
-    launchers = {
-        name
-        for path in cuda_sources()
-        for name in re.findall(r"^EXPORT int (\w+)\(", path.read_text(), re.MULTILINE)
-    }
-    assert run_all("cpu", [torch.bfloat16]) == launchers
 
 
 def test_mistakes_are_one_line() -> None:
