@@ -6,20 +6,19 @@ each process, gloo goes through the host's memory.
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import traceback
 from contextlib import ExitStack
 from dataclasses import replace
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
+from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.context import Context
+from benchmarks.gpu.context import Context, processes
 from benchmarks.gpu.measuring import first_line
 from benchmarks.gpu.models import TASKS, Training, batches, configuration
 from megatron.config import Config
@@ -107,10 +106,10 @@ class _Team:
         self._context = context
         self._layout = layout
         self._pipes: list[Connection] = []
-        self._processes: list[SpawnProcess] = []
+        self._processes: list[BaseProcess] = []
 
     def __enter__(self) -> _Team:
-        method = multiprocessing.get_context("spawn")
+        method = processes(self._context.device_type)
         configs = configurations(self._layout, self._context)
         size = 2 if LAYOUTS[self._layout] else 1
         port = _free_port()
@@ -118,7 +117,9 @@ class _Team:
             ours, theirs = method.Pipe()
             place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_PORT": port}
             arguments = (theirs, configs, self._context.smoke, place)
-            process = method.Process(target=_rank, args=arguments, daemon=True)
+            process = method.Process(  # type: ignore[attr-defined]
+                target=_rank, args=arguments, daemon=True
+            )
             process.start()
             theirs.close()
             self._pipes.append(ours)

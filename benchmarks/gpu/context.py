@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import time
 from dataclasses import dataclass, field
+from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+
+_IMPORTED = ("agreement", "contests", "training")
+
+
+def processes(device_type: str) -> BaseContext:
+    """How processes are started: afresh, since a process that has used a GPU must not be copied.
+
+    Without one they are copies of one process that has imported everything, which takes seconds.
+    """
+    if device_type == "cuda":
+        return multiprocessing.get_context("spawn")
+    copying = multiprocessing.get_context("forkserver")
+    copying.set_forkserver_preload([f"benchmarks.gpu.{name}" for name in _IMPORTED])
+    return copying
 
 
 @dataclass

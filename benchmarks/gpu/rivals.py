@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from benchmarks.gpu.context import processes
 from benchmarks.gpu.steps import Spec, serve
 
 BURST_SECONDS = 60.0
@@ -31,9 +31,11 @@ class Rival:
     seconds: dict[int, float] = field(default_factory=dict)
 
     def __enter__(self) -> Rival:
-        context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, self.spec), daemon=True)
+        method = processes(self.spec.device_type)
+        self._pipe, theirs = method.Pipe()
+        self._process = method.Process(  # type: ignore[attr-defined]
+            target=serve, args=(theirs, self.spec), daemon=True
+        )
         self._process.start()
         theirs.close()
         return self
