@@ -6,9 +6,9 @@
 // The backward pass makes the gradient of x and, in the same pass, the sums over rows that are the
 // bias's: each block sums its rows, and a second kernel the blocks, both in a fixed order.
 //
-// At the speed of memory a multiprocessor has about 35 instructions for an element of 16 bits, which
-// the library's erff and tanhf would use up. There the values need no more than 16 bits either, and
-// formulas made of one exponential take their place.
+// At the speed of memory a multiprocessor has about 35 instructions for an element of 16 bits, and
+// the erff and tanhf of the library would use them up. The values need no more than 16 bits either,
+// and formulas made of one exponential take their place.
 
 #include "dispatch.cuh"
 #include "reduce.cuh"
@@ -31,9 +31,12 @@ __device__ __forceinline__ void normal(float x, float& phi, float& bell) {
   if constexpr (kShort) {
     bell = __expf(-0.5f * x * x);
     float t = __fdividef(1.0f, 1.0f + 0.3275911f * 0.70710678f * fabsf(x));
-    float tail = t * (0.254829592f +
-                      t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
-    tail *= 0.5f * bell;
+    float tail = 1.061405429f;
+    tail = fmaf(tail, t, -1.453152027f);
+    tail = fmaf(tail, t, 1.421413741f);
+    tail = fmaf(tail, t, -0.284496736f);
+    tail = fmaf(tail, t, 0.254829592f);
+    tail *= 0.5f * t * bell;
     phi = x > 0.0f ? 1.0f - tail : tail;
   } else {
     bell = expf(-0.5f * x * x);

@@ -8,7 +8,7 @@ namespace megatron {
 namespace {
 
 constexpr int kColumns = 32;
-constexpr int kParts = 16;
+constexpr int kParts = 32;
 
 // A block has kColumns x kParts threads; those with the same column take every kParts-th part.
 template <typename T>
@@ -18,6 +18,7 @@ __global__ void __launch_bounds__(kColumns* kParts)
   int64_t column = static_cast<int64_t>(blockIdx.x) * kColumns + threadIdx.x;
   float total = 0.0f;
   if (column < columns)
+#pragma unroll 4
     for (int64_t part = threadIdx.y; part < count; part += kParts)
       total += parts[part * columns + column];
   partial[threadIdx.y][threadIdx.x] = total;

@@ -79,57 +79,6 @@ constexpr bool kSame = false;
 template <typename T>
 constexpr bool kSame<T, T> = true;
 
-// What stays in registers as it is in memory.
-template <int V, typename T>
-__device__ __forceinline__ Pack<T, V> fetch(const T* from) {
-#if defined(MEGATRON_EMULATED)
-  if (reinterpret_cast<uintptr_t>(from) % sizeof(Pack<T, V>)) emulator::fail("misaligned load");
-#endif
-  return *reinterpret_cast<const Pack<T, V>*>(from);
-}
-
-// One access for all of a pack, said in PTX: where packs are stored in an unrolled loop or behind
-// a condition, the compiler makes a store of each element.
-template <typename T, int V>
-__device__ __forceinline__ void put(T* to, const Pack<T, V>& pack) {
-#if defined(MEGATRON_EMULATED)
-  if (reinterpret_cast<uintptr_t>(to) % sizeof(pack)) emulator::fail("misaligned store");
-  *reinterpret_cast<Pack<T, V>*>(to) = pack;
-#else
-  uint32_t words[sizeof(pack) < 4 ? 1 : sizeof(pack) / 4];
-  memcpy(words, &pack, sizeof(pack));
-  if constexpr (sizeof(pack) == 16)
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
-                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
-                 : "memory");
-  else if constexpr (sizeof(pack) == 8)
-    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)),
-                 "r"(words[0]), "r"(words[1])
-                 : "memory");
-  else
-    *reinterpret_cast<Pack<T, V>*>(to) = pack;
-#endif
-}
-
-template <typename T, int V>
-__device__ __forceinline__ void narrow(const float (&from)[V], Pack<T, V>& to) {
-#pragma unroll
-  for (int i = 0; i < V; i++) to.values[i] = Format<T>::from(from[i]);
-}
-
-template <typename T, int V>
-__device__ __forceinline__ void put(T* to, const float (&from)[V]) {
-  Pack<T, V> pack;
-  narrow(from, pack);
-  put(to, pack);
-}
-
-template <typename T, int V>
-__device__ __forceinline__ void widen(const Pack<T, V>& pack, float (&to)[V]) {
-#pragma unroll
-  for (int i = 0; i < V; i++) to[i] = to_float(pack.values[i]);
-}
-
 // Sums of a row's values over its threads, in each of them. `scratch` has room for all warps.
 template <int N>
 __device__ __forceinline__ void over_row(float (&values)[N], float (*scratch)[N]) {
@@ -261,7 +210,7 @@ __global__ void __launch_bounds__(kForwardThreads, 1) normalise(Forward<S, W> of
     if (of.norm_bias) load<V>(of.norm_bias + column, bias);
 #pragma unroll
     for (int i = 0; i < V; i++) weight[i] = values[p][i] * rstd * weight[i] + bias[i];
-    put(of.y + start + column, weight);
+    store<V>(of.y + start + column, weight);
   });
 }
 
@@ -386,10 +335,10 @@ __global__ void __launch_bounds__(kBackwardThreads<V, kAdd>) differentiate(Backw
           for (int i = 0; i < V; i++) g[i] += d[i];
         }
       }
-      put(of.grad_residual + start + column, g);
+      store<V>(of.grad_residual + start + column, g);
       if constexpr (kAdd) {
         drop<V>(of.dropout, key, start + column, g);
-        if (of.grad_x) put(of.grad_x + start + column, g);
+        if (of.grad_x) store<V>(of.grad_x + start + column, g);
 #pragma unroll
         for (int i = 0; i < V; i++) of_bias[p][i] += g[i];
       }

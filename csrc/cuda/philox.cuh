@@ -1,6 +1,6 @@
 // Random numbers as a pure function of a key and a place: Philox 4x32 with ten rounds (Salmon et
-// al., Parallel random numbers: as easy as 1, 2, 3, SC 2011). What is dropped in the forward pass is
-// found again in the backward pass, and nothing has to be kept of it.
+// al., Parallel random numbers: as easy as 1, 2, 3, SC 2011). What is dropped in the forward pass
+// is found again in the backward pass, and nothing has to be kept of it.
 //
 // Element e of draw d of a key is word e % 4 of the counter (e / 4, d): `megatron/ops/philox.py`
 // says the same in PyTorch.

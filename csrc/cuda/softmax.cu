@@ -43,14 +43,6 @@ struct Mask {
   }
 };
 
-template <int V, typename T>
-__device__ __forceinline__ Pack<T, V> fetch(const T* from) {
-#if defined(MEGATRON_EMULATED)
-  if (reinterpret_cast<uintptr_t>(from) % sizeof(Pack<T, V>)) emulator::fail("misaligned load");
-#endif
-  return *reinterpret_cast<const Pack<T, V>*>(from);
-}
-
 // Some scores of a row as they lie in memory, so that many can be on their way at once.
 template <typename T, int V>
 struct Scores {

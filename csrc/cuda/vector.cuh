@@ -32,46 +32,60 @@ struct alignas(sizeof(T) * V) Pack {
 template <typename T>
 constexpr int kFull = 16 / sizeof(T);
 
+// A pack as it lies in memory.
 template <int V, typename T>
-__device__ __forceinline__ void load(const T* from, float (&to)[V]) {
+__device__ __forceinline__ Pack<T, V> fetch(const T* from) {
 #if defined(MEGATRON_EMULATED)
   if (reinterpret_cast<uintptr_t>(from) % sizeof(Pack<T, V>)) emulator::fail("misaligned load");
 #endif
-  Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(from);
-#pragma unroll
-  for (int i = 0; i < V; i++) to[i] = to_float(pack.values[i]);
+  return *reinterpret_cast<const Pack<T, V>*>(from);
 }
 
-// One instruction for a pack, said in PTX: of a plain assignment nvcc makes one for each 4 bytes.
-template <typename P>
-__device__ __forceinline__ void write(void* to, const P& pack) {
-#if !defined(MEGATRON_EMULATED)
-  if constexpr (sizeof(P) == 16) {
-    uint32_t words[4];
-    memcpy(words, &pack, 16);
-    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]), "r"(words[1]),
-                 "r"(words[2]), "r"(words[3])
+// To global memory by one instruction, said in PTX: where packs are stored in an unrolled loop or
+// behind a condition, the compiler makes a store of each element.
+template <typename T, int V>
+__device__ __forceinline__ void put(T* to, const Pack<T, V>& pack) {
+#if defined(MEGATRON_EMULATED)
+  if (reinterpret_cast<uintptr_t>(to) % sizeof(pack)) emulator::fail("misaligned store");
+  *reinterpret_cast<Pack<T, V>*>(to) = pack;
+#else
+  uint32_t words[sizeof(pack) < 4 ? 1 : sizeof(pack) / 4];
+  memcpy(words, &pack, sizeof(pack));
+  if constexpr (sizeof(pack) == 16)
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(words[0]), "r"(words[1]), "r"(words[2]), "r"(words[3])
                  : "memory");
-    return;
-  } else if constexpr (sizeof(P) == 8) {
-    uint32_t words[2];
-    memcpy(words, &pack, 8);
-    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(words[0]), "r"(words[1]) : "memory");
-    return;
-  }
+  else if constexpr (sizeof(pack) == 8)
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)),
+                 "r"(words[0]), "r"(words[1])
+                 : "memory");
+  else
+    *reinterpret_cast<Pack<T, V>*>(to) = pack;
 #endif
-  *static_cast<P*>(to) = pack;
+}
+
+template <typename T, int V>
+__device__ __forceinline__ void widen(const Pack<T, V>& from, float (&to)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; i++) to[i] = to_float(from.values[i]);
+}
+
+template <typename T, int V>
+__device__ __forceinline__ void narrow(const float (&from)[V], Pack<T, V>& to) {
+#pragma unroll
+  for (int i = 0; i < V; i++) to.values[i] = Format<T>::from(from[i]);
+}
+
+template <int V, typename T>
+__device__ __forceinline__ void load(const T* from, float (&to)[V]) {
+  widen(fetch<V>(from), to);
 }
 
 template <int V, typename T>
 __device__ __forceinline__ void store(T* to, const float (&from)[V]) {
-#if defined(MEGATRON_EMULATED)
-  if (reinterpret_cast<uintptr_t>(to) % sizeof(Pack<T, V>)) emulator::fail("misaligned store");
-#endif
   Pack<T, V> pack;
-#pragma unroll
-  for (int i = 0; i < V; i++) pack.values[i] = Format<T>::from(from[i]);
-  write(to, pack);
+  narrow(from, pack);
+  put(to, pack);
 }
 
 // What a value becomes by being stored, for kernels that go on with what others will read.

@@ -49,7 +49,8 @@ struct __nv_bfloat16 {
     uint32_t wide;
     std::memcpy(&wide, &x, 4);
     // To the nearest, to even in a tie; a NaN stays one.
-    bits = std::isnan(x) ? 0x7fc0 : static_cast<uint16_t>((wide + 0x7fff + ((wide >> 16) & 1)) >> 16);
+    uint32_t up = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+    bits = std::isnan(x) ? 0x7fc0 : static_cast<uint16_t>(up);
   }
   explicit operator float() const {
     uint32_t wide = static_cast<uint32_t>(bits) << 16;
