@@ -21,6 +21,10 @@ _FREE_FIELDS = {
     "fp16",
     "bf16",
     "fp64",
+    "fp8_format",
+    "fp8_recipe",
+    "fp8_amax_history_len",
+    "attention_backend",
 }
 _RESOLVED = {"ffn_hidden_size": "ffn_size", "kv_channels": "head_size"}
 _LINES_PER_KIND = 5

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
@@ -133,12 +133,18 @@ def find_checkpoint(directory: Path, state: ParallelState) -> int | None:
 
 
 def load_checkpoint(
-    directory: Path, tensors: Iterable[NamedTensor], *, config: Config, state: ParallelState
+    directory: Path,
+    tensors: Iterable[NamedTensor],
+    *,
+    config: Config,
+    state: ParallelState,
+    optional: Collection[str] = (),
 ) -> dict[str, Any]:
     """Fill the tensors in place from the latest checkpoint in `directory`; returns its run state.
 
     `--finetune` loads the weights alone and returns an empty run state; `--no-load-optim` and
-    `--no-load-rng` leave those tensors as they are.
+    `--no-load-rng` leave those tensors as they are, and so are those of the `optional` keys which
+    the checkpoint does not have in this shape.
 
     Raises:
         CheckpointError: it is missing, damaged, or of another model; a line for each problem.
@@ -147,6 +153,10 @@ def load_checkpoint(
     with_optimizer = not (train.finetune or train.no_load_optim)
     wanted = _global_tensors(tensors, state, with_optimizer=with_optimizer)
     checkpoint = _together(lambda: Checkpoint.open(directory), state)
+    shapes_there = checkpoint.stored.shapes
+    for key in optional:
+        if key in wanted and shapes_there.get(key) != tuple(wanted[key].shape):
+            del wanted[key]
     own = [key for key in wanted if is_weight(key)]
     weights = set(chain.from_iterable(_gather(own, state.model.size, state.model.group)))
     sources = _sources(wanted, checkpoint.stored)

@@ -52,8 +52,14 @@ def resume(trainer: Trainer) -> bool:
         if train.save is not None and directory.resolve() == Path(train.save).resolve():
             return False
         raise CheckpointError(f"--load {directory}: there is no checkpoint")
+    # A run that goes on in 8 bits, or with another history of scales, has none to go on from.
+    histories = {key for key, *_ in trainer.fp8_scaling.state_tensors()}
     run_state = load_checkpoint(
-        directory, _tensors(trainer), config=trainer.config, state=trainer.state
+        directory,
+        _tensors(trainer),
+        config=trainer.config,
+        state=trainer.state,
+        optional=histories,
     )
     if train.finetune or train.no_load_optim:
         trainer.optimizer.reload_masters()
@@ -72,4 +78,5 @@ def resume(trainer: Trainer) -> bool:
 
 def _tensors(trainer: Trainer) -> Iterator[NamedTensor]:
     trainer.optimizer.finish_gather()
-    return chain(trainer.weights, trainer.optimizer.state_tensors())
+    histories = trainer.fp8_scaling.state_tensors()
+    return chain(trainer.weights, trainer.optimizer.state_tensors(), histories)
