@@ -111,6 +111,8 @@ class Check:
                 rehearsed = [each for each in later if each.rehearsed and each.name in self.only]
                 running += [self._start(each, later, rehearse=True) for each in rehearsed]
             self._wait(running)
+            if self.path is None:
+                raise ConfigError(self.found["sections"]["machine"]["last_words"][-1])
         states = [each["state"] for each in self.found["sections"].values()]
         return all(state == "done" for state in states)
 
@@ -167,7 +169,7 @@ class Check:
         section: dict[str, Any] = {"state": state, "seconds": round(each.seconds, 1)}
         if state != "done":
             log = each.findings.with_suffix(".log").read_text(errors="replace")
-            section["last_words"] = log.strip().splitlines()[-5:]
+            section["last_words"] = log.strip().splitlines()[-5:] or ["no words"]
         self.found["sections"][name] = section
         if each.findings.exists():
             self.found[name] = json.loads(each.findings.read_text())
@@ -176,14 +178,19 @@ class Check:
             print(f"    {line}", flush=True)
         self.write()
 
-    def write(self) -> Path:
-        """The findings so far, as JSON and as a table; the table's path."""
-        self.out.mkdir(parents=True, exist_ok=True)
-        path = self.out / f"gpu-{short_name(self.found.get('machine', {}).get('name', 'unknown'))}"
-        path.with_suffix(".json").write_text(json.dumps(self.found, indent=1) + "\n")
-        table = path.with_suffix(".md")
-        table.write_text(markdown(self.found))
-        return table
+    @property
+    def path(self) -> Path | None:
+        """Where the findings go, without the suffix; None until the GPU's name is known."""
+        name = self.found.get("machine", {}).get("name")
+        return None if name is None else self.out / f"gpu-{short_name(name)}"
+
+    def write(self) -> None:
+        """The findings so far, as JSON and as a table."""
+        if self.path is not None:
+            self.out.mkdir(parents=True, exist_ok=True)
+            findings = json.dumps(self.found, indent=1) + "\n"
+            self.path.with_suffix(".json").write_text(findings)
+            self.path.with_suffix(".md").write_text(markdown(self.found))
 
 
 def short_name(name: str) -> str:
@@ -232,8 +239,8 @@ def main() -> int:
         deadline=time.monotonic() + 60 * options.minutes,
     )
     well = check.run()
-    table = check.write()
-    print(f"\n{table.read_text()}\nwritten to {table} and {table.with_suffix('.json')}")
+    assert check.path is not None
+    print(f"\n{markdown(check.found)}\nwritten to {check.path}.json and {check.path}.md")
     return 0 if well else 1
 
 

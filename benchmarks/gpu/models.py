@@ -118,7 +118,12 @@ TRAININGS = (
 
 
 def configuration(
-    training: Training, *, kernels: str, device_type: str, cuda_graphs: bool = False
+    training: Training,
+    *,
+    kernels: str,
+    device_type: str,
+    cuda_graphs: bool = False,
+    packed: bool = False,
 ) -> Config:
     """This project's flags."""
     return Config(
@@ -135,7 +140,7 @@ def configuration(
         ),
         parallel=ParallelConfig(use_cpu=device_type == "cpu"),
         optimizer=OptimizerConfig(lr=LEARNING_RATE, lr_decay_style="constant"),
-        data=DataConfig(seq_length=training.sequence),
+        data=DataConfig(seq_length=training.sequence, pack_sequences=packed),
         train=TrainConfig(
             micro_batch_size=training.micro_batch,
             global_batch_size=training.micro_batch * training.micro_batches,

@@ -19,8 +19,8 @@ class Rival:
 
     Attributes:
         absent: why it does not take part, or no longer.
-        losses: of its first two steps.
-        peak: bytes that its tensors have taken at most.
+        losses: of its first steps.
+        peak: bytes of the device that it has taken at most.
         seconds: of a step, by round.
     """
 

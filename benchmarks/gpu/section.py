@@ -44,6 +44,8 @@ def main() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if options.smoke:
         torch.set_num_threads(1)
+    elif not torch.cuda.is_available():
+        sys.exit("PyTorch finds no GPU here; --smoke tries the check out on a CPU")
     SECTIONS[options.name](
         Context(
             path=options.file,

@@ -33,6 +33,7 @@ from megatron.training.task import Batch
 from megatron.training.trainer import Trainer
 
 Step = Callable[[], Tensor]
+FIRST_STEPS = 4  # in which everything is compiled, recorded and allocated
 IGNORED = -100  # a label that `transformers` leaves out of the loss
 
 
@@ -45,20 +46,23 @@ class Spec:
     device_type: str
     kernels: str = "torch"
     cuda_graphs: bool = False
+    packed: bool = False
 
     @property
     def title(self) -> str:
         """For the report."""
         if self.contestant != "megatron":
             return self.contestant
-        return f"megatron, kernels {self.kernels}" + (", CUDA graphs" if self.cuda_graphs else "")
+        options = {"CUDA graphs": self.cuda_graphs, "packed": self.packed}
+        chosen = [words for words, is_chosen in options.items() if is_chosen]
+        return ", ".join(["megatron", f"kernels {self.kernels}", *chosen])
 
 
 def serve(pipe: Connection, spec: Spec) -> None:
     """The process of a contestant: builds when told to, then runs as many steps as it is asked for.
 
-    Answers with {"losses": of two steps, "peak": bytes} or {"absent": why}, then with {"seconds":
-    of a step, "peak": bytes}. Ends when the other side does.
+    Answers with {"losses": of the first steps, "peak": bytes} or {"absent": why}, then with
+    {"seconds": of a step, "peak": bytes}. Ends when the other side does.
     """
     device = torch.device(spec.device_type)
     if device.type == "cpu":
@@ -67,7 +71,7 @@ def serve(pipe: Connection, spec: Spec) -> None:
         pipe.recv()
         let_segments_expand(device)
         step = BUILDERS[spec.contestant](spec)
-        losses = [float(step()) for _ in range(2)]
+        losses = [float(step()) for _ in range(FIRST_STEPS)]
         pipe.send({"losses": losses, "peak": _peak(spec.device_type)})
         while True:
             pipe.send(burst(step, pipe.recv(), spec.device_type))
@@ -96,12 +100,12 @@ def _synchronize(device_type: str) -> None:
 
 
 def _peak(device_type: str) -> int:
-    """Bytes that tensors have taken at most; leaves the memory that is free to the others."""
+    """Bytes that were taken at most; gives back to the others what is free of them."""
     if device_type != "cuda":
         return 0
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
-    return torch.cuda.max_memory_allocated()
+    return torch.cuda.max_memory_reserved()
 
 
 def megatron(spec: Spec) -> Step:
@@ -111,6 +115,7 @@ def megatron(spec: Spec) -> Step:
         kernels=spec.kernels,
         device_type=spec.device_type,
         cuda_graphs=spec.cuda_graphs,
+        packed=spec.packed,
     )
     trainer = Trainer(config, TASKS[spec.training.kind](config), initialize(config))
     made = [_pinned(batch, spec.device_type) for batch in batches(spec.training, config)]

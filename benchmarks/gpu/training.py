@@ -52,9 +52,12 @@ def entrants(training: Training, context: Context) -> list[Spec]:
         peers.append(replace(base, contestant="plain"))
     if context.rehearse:
         return peers
-    ours = [replace(base, kernels=context.kernels), base]
+    with_kernels = replace(base, kernels=context.kernels)
+    ours = [with_kernels, base]
     if not context.smoke:
-        ours.insert(0, replace(base, kernels=context.kernels, cuda_graphs=True))
+        ours.insert(0, replace(with_kernels, cuda_graphs=True))
+    if training.kind == "bert":
+        ours.insert(0, replace(with_kernels, packed=True))
     return [*peers, replace(base, contestant=PRODUCT), *ours]
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu import check, testing
 from benchmarks.gpu.check import Check, Running, Section, short_name
@@ -73,6 +74,16 @@ def test_mistakes_are_one_line() -> None:
     assert done.stderr.startswith("error: --only nothing: the sections are machine,")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_written(tmp_path: Path) -> None:
+    done = _run("--only", "machine", "--out", tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: PyTorch finds no GPU here; --smoke tries the check out on a CPU\n"
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_models_have_the_sizes_of_their_names() -> None:
     by_name = {training.name: training for training in TRAININGS}
     for name, billions in (("GPT-1.3B, s = 1024", 1.3), ("GPT-345M, s = 1024", 0.345)):
@@ -108,7 +119,10 @@ def test_a_section_that_fails_or_hangs_leaves_what_it_found(
             _running("fails", [sys.executable, "-c", "raise SystemExit('in these words')"], 60.0),
         ]
     )
-    found = json.loads((tmp_path / "out" / "gpu-unknown.json").read_text())
+    assert one.path is None  # the GPU is not known yet
+    one.found["machine"] = {"name": "NVIDIA H100 80GB HBM3", "torch": "2.11", "python": "3.12"}
+    one.write()
+    found = json.loads((tmp_path / "out" / "gpu-h100-80gb-hbm3.json").read_text())
     assert found["hangs"] == {"some": 1}
     assert found["sections"]["hangs"]["state"] == "cut off"
     assert found["sections"]["fails"]["state"] == "failed"
