@@ -535,6 +535,21 @@ MISTAKES: list[tuple[dict[str, Any], int, str]] = [
         "--cuda-graphs needs --pipeline-model-parallel-size 1, found 2",
     ),
     (
+        {"cuda_graphs": True, "tensor_model_parallel_size": 2},
+        2,
+        "--cuda-graphs needs --tensor-model-parallel-size 1, found 2",
+    ),
+    (
+        {"cuda_graphs": True, "recompute_granularity": "full"},
+        1,
+        "--cuda-graphs and --recompute-granularity full exclude each other",
+    ),
+    (
+        {"cuda_graphs": True, "use_distributed_optimizer": True, "shard_gradients": True},
+        1,
+        "--cuda-graphs and --shard-gradients exclude each other",
+    ),
+    (
         {"cuda_graphs": True, "use_cpu": True},
         1,
         "--cuda-graphs and --use-cpu exclude each other",

@@ -14,7 +14,7 @@ from megatron.model.module import parameter_dtype
 from megatron.mpu import ColumnParallelLinear, ParallelState, RowParallelLinear
 from megatron.mpu.fp8 import Fp8Recipe
 from megatron.ops import kernels
-from megatron.ops.activation import ACTIVATIONS
+from megatron.ops.activation import activated
 from megatron.ops.mlp import KINDS, bias_activation
 
 
@@ -29,7 +29,6 @@ class ParallelMLP(nn.Module):
         super().__init__()
         self.is_gated = config.model.is_gated
         self.kind = "silu" if config.model.swiglu else config.model.activation
-        self.activation = ACTIVATIONS[self.kind]
         init, scaled_init = init_methods(config)
         h, f = config.model.hidden_size, config.model.ffn_size
         blocks = (f, f) if self.is_gated else (f,)
@@ -78,11 +77,4 @@ class ParallelMLP(nn.Module):
         if kernels.active(x) and self.kind in KINDS:
             product = first(x, add_bias=False)
             return bias_activation(product, first.bias, self.kind, gated=self.is_gated)
-        return self._activate(first(x))
-
-    def _activate(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[s, b, f / t], or [s, b, 2 f / t] where it is gated -> [s, b, f / t]"""
-        if not self.is_gated:
-            return self.activation(hidden)
-        gate, linear = hidden.chunk(2, dim=-1)
-        return self.activation(gate) * linear
+        return activated(first(x), self.kind, gated=self.is_gated)

@@ -23,7 +23,7 @@ from megatron.model.module import new_parameter, splits_sequence
 from megatron.mpu import ParallelState, ShardSpec
 from megatron.mpu.init import ones, zeros
 from megatron.ops import kernels
-from megatron.ops.dropout import bias_dropout_add, dropout
+from megatron.ops.dropout import bias_dropout_add, dropout, dropout_add
 from megatron.ops.fused_norm import norm_after_add
 from megatron.ops.norm import layer_norm, rms_norm
 from megatron.ops.philox import Draw
@@ -57,7 +57,8 @@ class StreamDropout(nn.Module):
             return bias_dropout_add(
                 x, bias, residual, probability=self.own_probability, draw=self.draw()
             )
-        return residual + self(x if bias is None else x + bias)
+        with self._stream():
+            return dropout_add(x if bias is None else x + bias, residual, self.own_probability)
 
     @property
     def own_probability(self) -> float:
@@ -73,7 +74,8 @@ class StreamDropout(nn.Module):
 
     def _stream(self) -> AbstractContextManager[None]:
         """Where the sequence is split other ranks hold other positions: they drop independently."""
-        return self.streams.split_region() if self.is_split else nullcontext()
+        draws_apart = self.is_split and self.own_probability > 0.0
+        return self.streams.split_region() if draws_apart else nullcontext()
 
 
 class Norm(nn.Module):

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
+from megatron.ops.compiled import fusable
+
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -57,3 +59,12 @@ ACTIVATIONS: dict[str, Activation] = {
     "silu": F.silu,
     "tanh": torch.tanh,
 }
+
+
+@fusable
+def activated(x: torch.Tensor, kind: str, *, gated: bool) -> torch.Tensor:
+    """a(x), or gated a(g) l with x = [g | l] (arXiv 2002.05202): [..., f or 2 f] -> [..., f]"""
+    if not gated:
+        return ACTIVATIONS[kind](x)
+    gate, linear = x.chunk(2, dim=-1)
+    return ACTIVATIONS[kind](gate) * linear

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron.ops import kernels, philox
 from megatron.ops.columns import summed
+from megatron.ops.compiled import fusable
 from megatron.ops.operator import differentiable, operator
 from megatron.ops.philox import Draw
 
@@ -29,6 +30,12 @@ def dropout(x: Tensor, probability: float) -> Tensor:
         return x
     # Named directly: the common entry point holds a factor of the input's own format on the CPU.
     return torch.native_dropout(x, probability, True)[0]
+
+
+@fusable
+def dropout_add(x: Tensor, residual: Tensor, probability: float) -> Tensor:
+    """residual + dropout(x), by PyTorch's generator."""
+    return residual + dropout(x, probability)
 
 
 def _scale(probability: float) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megatron.ops import kernels
 from megatron.ops.columns import summed
+from megatron.ops.compiled import fusable
 from megatron.ops.operator import differentiable, operator
 from megatron.ops.philox import Draw, kept, threshold
 
@@ -37,6 +38,11 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
         return fused
     if kernels.choice() == "apex" and x.is_cuda:
         return _apex("layer", x, weight, bias, epsilon)
+    return _layer_norm_plain(x, weight, bias, epsilon)
+
+
+@fusable
+def _layer_norm_plain(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
     y = F.layer_norm(x, weight.shape, weight.to(x.dtype), bias.to(x.dtype), epsilon)
     return y.to(weight.dtype)
 
@@ -51,6 +57,11 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         return fused
     if kernels.choice() == "apex" and x.is_cuda:
         return _apex("rms", x, weight, epsilon)
+    return _rms_norm_plain(x, weight, epsilon)
+
+
+@fusable
+def _rms_norm_plain(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return _RMSNorm.apply(x, weight, epsilon)
 
 

@@ -14,8 +14,8 @@ numbers come from a seed that the graph finds in memory (PyTorch's generators do
 `RandomStreams.static_keys` for the kernels). So a replayed step is that of a run without graphs.
 
 No Python runs in a replay. The sums over data-parallel ranks, which otherwise begin during the last
-backward pass, begin behind it. What needs the host in between is refused: other pipeline stages,
-documents by length (`megatron.validation.speed`), and what `check` finds.
+backward pass, begin behind it. What needs the host in between is refused: other ranks of the model,
+recomputation, documents by length (`megatron.validation.speed`).
 """
 
 from __future__ import annotations
@@ -26,8 +26,6 @@ from typing import NamedTuple
 
 import torch
 
-from megatron.config import Config
-from megatron.errors import ConfigError
 from megatron.monitor import annotated
 from megatron.training.task import Batch, Parts
 
@@ -123,16 +121,3 @@ def leave_default_stream(device: torch.device) -> None:
         stream = torch.cuda.Stream(device)
         stream.wait_stream(default)
         torch.cuda.set_stream(stream)
-
-
-def check(config: Config) -> None:
-    """Raises ConfigError where a micro-batch cannot be recorded."""
-    parallel, problems = config.parallel, []
-    if parallel.tensor_model_parallel_size > 1:
-        problems.append(f"--tensor-model-parallel-size {parallel.tensor_model_parallel_size}")
-    if parallel.recompute_granularity is not None:
-        problems.append(f"--recompute-granularity {parallel.recompute_granularity}")
-    if parallel.shard_gradients:
-        problems.append("--shard-gradients")
-    if problems:
-        raise ConfigError(f"--cuda-graphs excludes {problem}" for problem in problems)

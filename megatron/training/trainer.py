@@ -34,7 +34,6 @@ from megatron.training.batch_ramp import BatchRamp
 from megatron.training.graphs import (
     MicroBatchGraphs,
     Recorder,
-    check,
     cuda_recorder,
     leave_default_stream,
 )
@@ -93,11 +92,9 @@ class Trainer:
         record: Recorder | None = None,
     ) -> None:
         self.config, self.task, self.state = config, task, state
-        if config.train.cuda_graphs:
-            check(config)
-            if record is None:
-                leave_default_stream(state.device)
-                record = cuda_recorder(state.device)
+        if config.train.cuda_graphs and record is None:
+            leave_default_stream(state.device)
+            record = cuda_recorder(state.device)
         self.ramp = BatchRamp.of(config.train, state.data.size)
         self.iteration = self.samples = 0
         self.timers = Timers(state.device)

@@ -40,20 +40,37 @@ def packed_positions_are_of_tokens(pack_sequences: bool, position_embedding_type
 @checks.add
 def recorded_steps_are_alike(
     cuda_graphs: bool,
+    tensor_model_parallel_size: int,
     pipeline_model_parallel_size: int,
+    recompute_granularity: str | None,
+    shard_gradients: bool,
     reset_attention_mask: bool,
     use_cpu: bool,
 ) -> None:
     if not cuda_graphs:
         return
-    if pipeline_model_parallel_size > 1:
-        raise ConfigError(
-            "--cuda-graphs needs --pipeline-model-parallel-size 1, found "
-            f"{pipeline_model_parallel_size}"
+    problems = [
+        f"--cuda-graphs needs --{axis}-model-parallel-size 1, found {size}"
+        for axis, size in (
+            ("tensor", tensor_model_parallel_size),
+            ("pipeline", pipeline_model_parallel_size),
         )
-    # The work is cut by the documents' lengths, which a recording would keep.
-    exclude_each_other(("--cuda-graphs", True), ("--reset-attention-mask", reset_attention_mask))
-    exclude_each_other(("--cuda-graphs", True), ("--use-cpu", use_cpu))
+        if size > 1
+    ]
+    excluded = {
+        # Replaying a pass sets the state of the random streams, which cannot be recorded.
+        f"--recompute-granularity {recompute_granularity}": recompute_granularity is not None,
+        # A gradient is sent on while a backward pass goes on, by the host.
+        "--shard-gradients": shard_gradients,
+        # The work is cut by the documents' lengths, which a recording would keep.
+        "--reset-attention-mask": reset_attention_mask,
+        "--use-cpu": use_cpu,
+    }
+    problems += [
+        f"--cuda-graphs and {name} exclude each other" for name, given in excluded.items() if given
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 @checks.add

@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from megatron.config import Config, all_flags
 from megatron.mpu import ParallelState
-from megatron.ops import kernels
+from megatron.ops import compiled, kernels
 from megatron.training.initialize import rank_grid
 from megatron.training.task import Batch
 from megatron.training.trainer import Trainer
@@ -279,7 +279,8 @@ def _train_rank(case: Case) -> RankRecord:
     torch.set_num_threads(1)
     trainer = new_trainer(case)
     rank = trainer.state.data.rank
-    with kernels.using(case.config().train.kernels):
+    options = case.config().train
+    with kernels.using(options.kernels), compiled.using(options.compile):
         result = record(trainer, STEPS, lambda step, size: own_batches(case, step, size, rank))
     trainer.finish()
     if dist.is_initialized():

@@ -37,6 +37,12 @@ def test_kernels_train_as_pytorch_does(case: Case) -> None:
         assert row.agrees, row
 
 
+def test_compiled_operators_train_as_they_are_written() -> None:
+    case = Case.of("llama", fp64=False, num_layers=2, global_batch_size=2, compile=True)
+    for row in compare(train(case), train(case.on_one_process()), TOLERANCES["fp32"]):
+        assert row.agrees, row
+
+
 def test_what_was_dropped_is_dropped_again() -> None:
     """A forward pass that is run again in the backward pass draws the same numbers."""
     dropping = {"hidden_dropout": 0.2, "attention_dropout": 0.1}

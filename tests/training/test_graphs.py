@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron.errors import ConfigError
 from megatron.mpu import ParallelState
 from megatron.ops import kernels
 from megatron.training.batches import evaluation_batches, training_batches
@@ -19,12 +18,10 @@ from megatron.training.graphs import (
     WARM_UPS,
     MicroBatchGraphs,
     Recording,
-    check,
 )
 from megatron.training.initialize import rank_grid
 from megatron.training.task import Batch, Parts
 from megatron.training.trainer import Trainer
-from tests.configs import small
 from tests.distributed import distributed
 from tests.training.device_rules import OperatorGraphs, WouldWaitError, no_waiting
 from tests.training.tiny import TASKS, Samples, micro_batches, random_samples, tiny_config
@@ -143,20 +140,6 @@ def test_each_set_of_shapes_is_warmed_up_and_recorded_once() -> None:
     assert all(found == wanted for found, wanted in losses), "a later replay wrote over it"
     assert steps.total == expected
     assert steps.said == ["recorded"] * MOST_GRAPHS
-
-
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"tensor_model_parallel_size": 2}, "--tensor-model-parallel-size 2"),
-        ({"recompute_granularity": "full"}, "--recompute-granularity full"),
-        ({"use_distributed_optimizer": True, "shard_gradients": True}, "--shard-gradients"),
-    ],
-)
-def test_what_cannot_be_recorded_is_named(changes: dict[str, Any], named: str) -> None:
-    check(small())
-    with pytest.raises(ConfigError, match=f"^--cuda-graphs excludes {named}$"):
-        check(small(**changes))
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt", "t5"])
