@@ -305,7 +305,9 @@ def compile_all(
             return f"{source.name} does not compile for sm_{architecture}: {error}"
         return found or f"{source.name} has no kernel for sm_{architecture}"
 
-    jobs = [(source, architecture) for source in sources for architecture in architectures]
+    # The longest first, so that no core is left alone with one of them.
+    ordered = sorted(sources, key=lambda source: source.stat().st_size, reverse=True)
+    jobs = [(source, architecture) for source in ordered for architecture in architectures]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(work, jobs))
     kernels = [kernel for result in results if isinstance(result, list) for kernel in result]
