@@ -28,7 +28,7 @@ def _columns(x: Tensor, gated: bool) -> int:
 
 
 def _forward_kernel(x: Tensor, bias: Tensor | None, kind: str, gated: bool) -> Tensor:
-    x = x.contiguous()
+    x, bias = x.contiguous(), None if bias is None else bias.contiguous()
     columns = _columns(x, gated)
     y = x.new_empty((*x.shape[:-1], columns))
     if y.numel():
@@ -51,6 +51,7 @@ def _backward_kernel(
     grad: Tensor, x: Tensor, bias: Tensor | None, kind: str, gated: bool
 ) -> tuple[Tensor, Tensor]:
     grad, x = grad.contiguous(), x.contiguous()
+    bias = None if bias is None else bias.contiguous()
     columns = _columns(x, gated)
     rows = grad.numel() // columns if columns else 0
     grad_x = torch.empty_like(x)

@@ -54,6 +54,21 @@ def test_is_an_operator(choice: str) -> None:
         opcheck(torch.ops.megatron.bias_activation.default, (inputs[0], None, "silu", False))
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_inputs_may_lie_anywhere(gated: bool) -> None:
+    """Transposed, unaligned, and with gaps between their elements."""
+    width = 32 * (1 + gated)
+    memory = torch.randn(2 * 5 * width + 1)
+    for laid_out in (
+        lambda memory: (memory[1:].view(-1, width), memory[1 : 1 + width]),
+        lambda memory: (memory[:-1].view(width, -1).t(), memory[: 2 * width : 2]),
+    ):
+        assert_equals_twin(
+            lambda memory: bias_activation(*laid_out(memory), "gelu", gated=gated),  # noqa: B023
+            memory,
+        )
+
+
 def test_an_empty_batch_has_empty_results() -> None:
     with with_kernels():
         x = torch.randn(0, 8, requires_grad=True)
