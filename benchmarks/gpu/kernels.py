@@ -26,7 +26,7 @@ from megatron.ops.fused_norm import norm_after_add
 from megatron.ops.mlp import bias_activation
 from megatron.ops.multi_tensor import divide_, sum_of_squares
 from megatron.ops.norm import layer_norm, rms_norm
-from megatron.ops.rotary import Rotation, rotate, rotate_packed, rotation
+from megatron.ops.rotary import Rotation, rotate, rotation, split_heads
 from megatron.ops.softmax import scaled_softmax
 
 Inputs = tuple[Any, ...]
@@ -233,17 +233,17 @@ def _queries_keys_values(draw: Draw) -> Inputs:
     return draw.normal(s, b, g, 3, d), by
 
 
-def _turned(mixed: Tensor, by: Rotation) -> Tensor:
+def _turned(mixed: Tensor, by: Rotation) -> tuple[Tensor, Tensor, Tensor]:
     """[s, b, g, 3, d] with one query for each key."""
     query, key, value = mixed.unbind(3)
-    return torch.stack((rotate(query, by), rotate(key, by), value), dim=3)
+    return rotate(query, by), rotate(key, by), value
 
 
 def _rotary_cases() -> Iterable[Case]:
     yield Case(
         name="rotary positions",
         draw=_queries_keys_values,
-        ours=lambda mixed, by: rotate_packed(mixed, by, 1),
+        ours=lambda mixed, by: split_heads(mixed, by, 1),
         formula=_turned,
         moved=lambda mixed, by: size(mixed, mixed, *by),
         moved_back=lambda mixed, by: size(mixed, mixed, *by),

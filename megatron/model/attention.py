@@ -22,7 +22,7 @@ from megatron.mpu import ColumnParallelLinear, ParallelState, RowParallelLinear,
 from megatron.mpu.fp8 import Fp8Recipe
 from megatron.ops import kernels
 from megatron.ops.attention import AttentionCore, AttentionMask
-from megatron.ops.rotary import Rotation, rotate, rotate_packed
+from megatron.ops.rotary import Rotation, rotate, split_heads
 
 
 class ParallelAttention(nn.Module):
@@ -205,8 +205,8 @@ class ParallelAttention(nn.Module):
             key, value = self.key_value(encoder_output).unflatten(-1, (-1, 2, d)).unbind(dim=3)
             return query, key, value
         mixed = self.query_key_value(x).unflatten(-1, (-1, self.shared + 2, d))
-        if rotation is not None and kernels.active(mixed):
-            mixed, rotation = rotate_packed(mixed, rotation, self.shared), None
+        if kernels.active(mixed):
+            return split_heads(mixed, rotation, self.shared)
         query, key, value = mixed.split((self.shared, 1, 1), dim=3)
         query, key, value = query.flatten(2, 3), key.squeeze(3), value.squeeze(3)
         if rotation is not None:
