@@ -85,6 +85,9 @@ OLD_FLAGS: dict[str, OldFlag] = {
     "warmup": Renamed("lr-warmup-fraction"),
     # Switches that are a value of another flag
     "checkpoint-activations": StandsFor(_FULL | {"recompute-method": "uniform"}),
+    "enable-cuda-graph": StandsFor({"cuda-graphs": "true"}),
+    "fp8-e4m3": StandsFor({"fp8-format": "e4m3"}),
+    "fp8-hybrid": StandsFor({"fp8-format": "hybrid"}),
     "group-query-attention": StandsFor({"num-query-groups": "1"}),
     "no-position-embedding": StandsFor(_ROPE),
     "openai-gelu": StandsFor({"activation": "gelu_tanh"}),
@@ -104,6 +107,7 @@ OLD_FLAGS: dict[str, OldFlag] = {
     "use-cpu-initialization": Obsolete("initial weights are the same on every device and layout"),
     # Numbers
     "accumulate-allreduce-grads-in-fp32": Obsolete("gradients always add up in float32"),
+    "cross-entropy-loss-fusion": Obsolete(_FUSED),
     "no-bias-dropout-fusion": Obsolete(_FUSED),
     "no-bias-gelu-fusion": Obsolete(_FUSED),
     "no-bias-swiglu-fusion": Obsolete(_FUSED),
