@@ -1,7 +1,7 @@
 // CUDA's threads on a CPU, so that kernels can be tried where there is no GPU.
 //
-// A block's threads are contexts that take turns on one thread of the machine: each runs until it
-// has to wait for others, at a barrier or an exchange within its warp. Blocks follow one another.
+// A block's threads take turns on one thread of the machine: each runs until it has to wait for
+// others, at a barrier or an exchange within its warp. Blocks follow one another.
 // Which thread goes next is drawn at random (MEGATRON_EMULATOR_SEED), so that a kernel that leaves
 // out a barrier gives other results with another seed. A barrier that some threads of the block
 // never reach, and an exchange that lacks some lanes, are errors, and so is an access of 16 bytes
@@ -11,8 +11,10 @@
 
 #pragma once
 
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -73,20 +75,34 @@ constexpr int kDivergent = 716;  // as cudaErrorMisalignedAddress: something the
 
 enum class Waiting { kNot, kBlock, kWarp, kDone };
 
+// A place to run threads at, one after the other: the next begins where the last one ended, and
+// only a thread that waits keeps its place to itself.
+struct Fiber {
+  std::unique_ptr<char[]> stack{new char[kStack]};
+  ucontext_t start;
+  jmp_buf place;
+};
+
 struct Thread {
-  ucontext_t context;
   dim3 index;
   int number = 0;
   Waiting waiting = Waiting::kNot;
-  uint64_t offered = 0;
+  Fiber* fiber = nullptr;
+  // What was offered in this exchange and in the one before, which others may yet have to read.
+  uint64_t offered[2] = {};
+  int exchanges = 0;
 };
 
 struct State {
   dim3 grid, block, block_index;
   std::vector<Thread> threads;
-  std::vector<std::unique_ptr<char[]>> stacks;
+  std::vector<size_t> order;  // in which threads take turns in this round
+  size_t turn = 0, done = 0;
+  bool moved = false;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<Fiber*> idle;
   std::vector<unsigned char> shared;
-  ucontext_t scheduler;
+  jmp_buf launcher;
   Thread* current = nullptr;
   std::function<void()> body;
   uint64_t random = 1;
@@ -100,18 +116,6 @@ inline State& state() {
 inline unsigned char* dynamic_shared() {
   auto address = reinterpret_cast<uintptr_t>(state().shared.data());
   return reinterpret_cast<unsigned char*>((address + 127) / 128 * 128);
-}
-
-inline void wait(Waiting what) {
-  Thread* me = state().current;
-  me->waiting = what;
-  swapcontext(&me->context, &state().scheduler);
-}
-
-inline void thread_main() {
-  state().body();
-  state().current->waiting = Waiting::kDone;
-  swapcontext(&state().current->context, &state().scheduler);
 }
 
 // Whether all of `count` threads from `first` on wait for the same; then they may go on.
@@ -129,40 +133,91 @@ inline size_t draw(size_t below) {
   return x % below;
 }
 
+// Who may go on goes on, in another order than before.
+inline void next_round() {
+  auto& s = state();
+  size_t count = s.threads.size();
+  bool released = release(0, count, Waiting::kBlock);
+  for (size_t first = 0; first < count; first += kLanes)
+    released |= release(first, std::min<size_t>(kLanes, count - first), Waiting::kWarp);
+  if (!s.moved && !released) fail("some threads wait at a barrier that others never reach");
+  for (size_t i = count - 1; i > 0; i--) std::swap(s.order[i], s.order[draw(i + 1)]);
+  s.turn = 0, s.moved = false;
+}
+
+// The thread whose turn it is, which becomes the current one; null when all have ended.
+inline Thread* next() {
+  auto& s = state();
+  while (s.done < s.threads.size()) {
+    if (s.turn == s.threads.size()) next_round();
+    Thread& thread = s.threads[s.order[s.turn++]];
+    if (thread.waiting != Waiting::kNot) continue;
+    s.moved = true;
+    return s.current = &thread;
+  }
+  return nullptr;
+}
+
+// Runs what is current from its begin on, then whoever is next, as long as these begin, too.
+inline void run_threads() {
+  auto& s = state();
+  for (;;) {
+    Fiber* own = s.current->fiber;
+    s.body();
+    s.current->waiting = Waiting::kDone;
+    s.done++;
+    Thread* thread = next();
+    if (thread && !thread->fiber) {
+      thread->fiber = own;
+      continue;
+    }
+    s.idle.push_back(own);
+    // The system's own change of contexts would call the kernel each time.
+    if (!_setjmp(own->place)) _longjmp(thread ? thread->fiber->place : s.launcher, 1);
+  }
+}
+
+// Gives the current thread a fiber, and goes there.
+inline void begin() {
+  auto& s = state();
+  if (!s.idle.empty()) {
+    s.current->fiber = s.idle.back();
+    s.idle.pop_back();
+    _longjmp(s.current->fiber->place, 1);
+  }
+  s.fibers.emplace_back(new Fiber);
+  Fiber* fiber = s.current->fiber = s.fibers.back().get();
+  getcontext(&fiber->start);
+  fiber->start.uc_stack.ss_sp = fiber->stack.get();
+  fiber->start.uc_stack.ss_size = kStack;
+  fiber->start.uc_link = nullptr;
+  makecontext(&fiber->start, run_threads, 0);
+  setcontext(&fiber->start);
+}
+
+inline void wait(Waiting what) {
+  Thread* me = state().current;
+  me->waiting = what;
+  Thread* thread = next();
+  if (thread == me || _setjmp(me->fiber->place)) return;
+  if (thread->fiber) _longjmp(thread->fiber->place, 1);
+  begin();
+}
+
 inline void run_block() {
   auto& s = state();
   size_t count = s.threads.size();
-  std::vector<size_t> order(count);
+  s.order.resize(count);
   for (size_t i = 0; i < count; i++) {
-    order[i] = i;
-    Thread& thread = s.threads[i];
-    thread.number = static_cast<int>(i);
-    thread.index = dim3(i % s.block.x, i / s.block.x % s.block.y, i / (s.block.x * s.block.y));
-    thread.waiting = Waiting::kNot;
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = s.stacks[i].get();
-    thread.context.uc_stack.ss_size = kStack;
-    thread.context.uc_link = nullptr;
-    makecontext(&thread.context, thread_main, 0);
+    s.order[i] = i;
+    s.threads[i] = Thread();
+    s.threads[i].number = static_cast<int>(i);
+    s.threads[i].index =
+        dim3(i % s.block.x, i / s.block.x % s.block.y, i / (s.block.x * s.block.y));
   }
-  size_t done = 0;
-  while (done < count) {
-    bool moved = false;
-    for (size_t i = count - 1; i > 0; i--) std::swap(order[i], order[draw(i + 1)]);
-    for (size_t i : order) {
-      Thread& thread = s.threads[i];
-      if (thread.waiting != Waiting::kNot) continue;
-      moved = true;
-      s.current = &thread;
-      swapcontext(&s.scheduler, &thread.context);
-      if (thread.waiting == Waiting::kDone) done++;
-    }
-    bool released = release(0, count, Waiting::kBlock);
-    for (size_t first = 0; first < count; first += kLanes)
-      released |= release(first, std::min<size_t>(kLanes, count - first), Waiting::kWarp);
-    if (!moved && !released && done < count)
-      fail("some threads wait at a barrier that others never reach");
-  }
+  s.turn = count, s.done = 0, s.moved = true;
+  next();
+  if (!_setjmp(s.launcher)) begin();
 }
 
 // Runs `body` as every thread of every block; returns 0.
@@ -175,7 +230,6 @@ inline int run(std::function<void()> body, dim3 grid, dim3 block, size_t shared)
   if (count == 0 || count > 1024) return 9;  // cudaErrorInvalidConfiguration
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) return 9;
   s.threads.resize(count);
-  while (s.stacks.size() < count) s.stacks.emplace_back(new char[kStack]);
   // Shared memory is not zero at the start of a block: NaNs are.
   s.shared.assign(shared + 256, 0xff);
   for (unsigned z = 0; z < grid.z; z++)
@@ -193,13 +247,11 @@ T exchange(T value, int lane) {
   static_assert(sizeof(T) <= 8);
   auto& s = state();
   Thread* me = s.current;
-  me->offered = 0;
-  std::memcpy(&me->offered, &value, sizeof(T));
+  int place = me->exchanges++ % 2;
+  std::memcpy(&me->offered[place], &value, sizeof(T));
   wait(Waiting::kWarp);
-  int first = me->number / kLanes * kLanes;
   T result;
-  std::memcpy(&result, &s.threads[first + lane].offered, sizeof(T));
-  wait(Waiting::kWarp);
+  std::memcpy(&result, &s.threads[me->number / kLanes * kLanes + lane].offered[place], sizeof(T));
   return result;
 }
 

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -57,7 +58,8 @@ def build_emulated() -> Path:
         raise BuildError("a C++ compiler was not found: put g++ on the PATH or set CXX")
     checked = os.environ.get("MEGATRON_EMULATOR_CHECKED") == "1"
     checks = ["-fsanitize=address", "-O1"] if checked else []
-    quiet = ["-Wno-unknown-pragmas", "-Wno-unused"]
+    # Without the check of longjmp that it goes up the stack: the emulator's go to another one.
+    quiet = ["-Wno-unknown-pragmas", "-Wno-unused", "-U_FORTIFY_SOURCE"]
     command = [compiler, "-std=c++17", "-O2", "-fPIC", "-DMEGATRON_EMULATED", "-xc++", *quiet]
     kind = "checked" if checked else "emulated"
     return _build(kind, [*command, *checks], [compiler, "-shared", *checks])
@@ -94,11 +96,16 @@ def _build(kind: str, compile_command: Sequence[str], link_command: Sequence[str
 
 def _fingerprint(command: Sequence[str]) -> str:
     """A name for all that a library is made from: sources, compiler and flags."""
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False)
-    digest = hashlib.sha256("\0".join([*command, version.stdout]).encode())
+    digest = hashlib.sha256("\0".join([*command, _version(command[0])]).encode())
     for path in sorted([*SOURCES.iterdir(), *EMULATOR.iterdir()]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+@cache
+def _version(compiler: str) -> str:
+    done = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout
 
 
 def _compile(
