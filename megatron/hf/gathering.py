@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron.mpu import ParallelState, ShardSpec
 from megatron.mpu.collectives import all_gather, broadcast
+from megatron.mpu.staging import staged
 from megatron.mpu.watchdog import waiting
 
 
@@ -112,9 +113,11 @@ def _over_stages(whole: Tensor, owner: Held, state: ParallelState, everywhere: b
     if everywhere:
         return broadcast(whole, axis, owner.stage)
     if state.tensor.rank == 0 and axis.rank in (0, owner.stage):
-        with waiting(f"a whole tensor of stage {owner.stage} on its way to the first"):
-            if axis.rank == 0:
-                dist.recv(whole, axis.ranks[owner.stage], group=axis.group)
+        is_sent = axis.rank != 0
+        what = f"a whole tensor of stage {owner.stage} on its way to the first"
+        with waiting(what), staged(whole, axis.group, is_sent=is_sent) as exchanged:
+            if is_sent:
+                dist.send(exchanged, axis.ranks[0], group=axis.group)
             else:
-                dist.send(whole, axis.ranks[0], group=axis.group)
+                dist.recv(exchanged, axis.ranks[owner.stage], group=axis.group)
     return whole

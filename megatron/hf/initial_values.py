@@ -29,6 +29,7 @@ from megatron.hf.gathering import Part, held_by_stages
 from megatron.hf.parallel import native_config, stage_of
 from megatron.mpu import ParallelState, ShardSpec
 from megatron.mpu.init import InitMethod, create_parameter, normal, ones, zeros
+from megatron.mpu.staging import staged
 from megatron.mpu.watchdog import waiting
 
 META = torch.device("meta")
@@ -133,8 +134,9 @@ class InitialisedModule(nn.Module):
         if self._initial_seed is None:
             seed = torch.randint(2**62, ()).to(self.state.device)
             if self.state.world_size > 1:
-                with waiting("rank 0 to say the seed of initial values"):
-                    dist.broadcast(seed, src=0)
+                what = "rank 0 to say the seed of initial values"
+                with waiting(what), staged(seed, dist.group.WORLD) as exchanged:
+                    dist.broadcast(exchanged, src=0)
             self._initial_seed = int(seed)
         return self._initial_seed
 

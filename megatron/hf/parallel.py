@@ -65,7 +65,10 @@ def _device() -> torch.device:
     if accelerator is None or _launched() == 1:
         # One process decides by model.to(device), as its user is used to.
         return torch.device("cpu")
-    device = torch.device(accelerator.type, int(os.environ.get("LOCAL_RANK", "0")))
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    if dist.is_initialized() and dist.get_backend() == "gloo":  # over which ranks can share one
+        index %= torch.accelerator.device_count()
+    device = torch.device(accelerator.type, index)
     torch.accelerator.set_device_index(device.index)
     return device
 

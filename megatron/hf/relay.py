@@ -29,6 +29,7 @@ from torch import nn
 
 from megatron.mpu import ParallelState, gather_from_tensor_region, scatter_to_tensor_region
 from megatron.mpu.collectives import all_reduce, broadcast
+from megatron.mpu.staging import staged
 from megatron.mpu.watchdog import waiting
 
 Shape = tuple[int, ...]
@@ -46,13 +47,15 @@ class _Edge:
         self._out, self._into = out[edge], into[back]
 
     def send(self, tensor: torch.Tensor) -> None:
-        with waiting(f"the stage of rank {self.other} to take what is sent"):
-            dist.send(tensor.contiguous(), self.other, group=self._out)
+        what = f"the stage of rank {self.other} to take what is sent"
+        with waiting(what), staged(tensor.contiguous(), self._out, is_sent=True) as exchanged:
+            dist.send(exchanged, self.other, group=self._out)
 
     def receive(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=dtype, device=device)
-        with waiting(f"what the stage of rank {self.other} sends"):
-            dist.recv(tensor, self.other, group=self._into)
+        what = f"what the stage of rank {self.other} sends"
+        with waiting(what), staged(tensor, self._into) as exchanged:
+            dist.recv(exchanged, self.other, group=self._into)
         return tensor
 
 

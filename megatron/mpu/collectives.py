@@ -53,7 +53,8 @@ def broadcast(tensor: torch.Tensor, axis: Axis, source: int = 0) -> torch.Tensor
     """Copy the tensor of the axis' ``source``-th rank to all of them, in place."""
     if axis.size > 1:
         what = wait_for(f"a broadcast of rank {axis.ranks[source]}", axis)
-        with waiting(what), staged(tensor, axis.group) as exchanged:
+        is_sent = axis.rank == source
+        with waiting(what), staged(tensor, axis.group, is_sent=is_sent) as exchanged:
             dist.broadcast(exchanged, src=axis.ranks[source], group=axis.group)
     return tensor
 

@@ -36,11 +36,17 @@ def room_on_host(tensor: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def staged(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> Iterator[torch.Tensor]:
-    """``tensor`` for an exchange over ``group`` that is done, in place, within the `with` block."""
+def staged(
+    tensor: torch.Tensor, group: dist.ProcessGroup | None, *, is_sent: bool = False
+) -> Iterator[torch.Tensor]:
+    """``tensor`` for an exchange over ``group`` that is done, in place, within the `with` block.
+
+    What ``is_sent`` stays as it is, and autograd may rely on that.
+    """
     if not goes_through_host(tensor, group):
         yield tensor
         return
     host = on_host(tensor)
     yield host
-    tensor.detach().copy_(host)
+    if not is_sent:
+        tensor.detach().copy_(host)

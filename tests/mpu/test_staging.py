@@ -1,76 +1,23 @@
-"""Over gloo an accelerator's tensors pass through the host, and what comes back is the same.
-
-There is no accelerator here. Every tensor is said to be one's, what was copied to the host is told
-by its memory, and gloo is watched: it may be given nothing else.
-"""
+"""Over gloo an accelerator's tensors pass through the host, and what comes back is the same."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from megatron.mpu import ParallelState, collectives, direct, staging
+from megatron.mpu import ParallelState, collectives
 from megatron.mpu.collectives import MAX
 from megatron.mpu.topology import Topology
-from megatron.pipeline import p2p
 from megatron.training.batches import training_batches
 from megatron.training.gpt import GPTPretraining
 from megatron.training.initialize import rank_grid
 from megatron.training.trainer import Trainer
 from tests.distributed import distributed
+from tests.mpu.accelerator import all_tensors_on_an_accelerator
 from tests.training.tiny import Samples, random_samples, tiny_config
-
-_EXCHANGES = ("all_reduce", "broadcast", "send", "recv", "isend", "irecv")
-
-
-@contextmanager
-def _all_tensors_on_an_accelerator() -> Iterator[set[str]]:
-    """Within it gloo takes copies on the host alone; gives the exchanges that there were."""
-    copies: list[Tensor] = []  # kept, so that their memory is nobody else's
-    used: set[str] = set()
-
-    def is_on_host(tensor: Tensor) -> bool:
-        memory = tensor.untyped_storage().data_ptr()
-        return memory in {copy.untyped_storage().data_ptr() for copy in copies}
-
-    def kept(make: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        def made(tensor: Tensor) -> Tensor:
-            copies.append(make(tensor))
-            return copies[-1]
-
-        return made
-
-    empty_like = torch.empty_like
-
-    def like(tensor: Tensor, **options: Any) -> Tensor:
-        made = empty_like(tensor, **options)
-        if is_on_host(tensor):
-            copies.append(made)
-        return made
-
-    def watched(name: str, exchange: Callable[..., Any]) -> Callable[..., Any]:
-        def run(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            assert is_on_host(tensor)
-            used.add(name)
-            return exchange(tensor, *args, **kwargs)
-
-        return run
-
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (staging, collectives, direct, p2p):
-            patch.setattr(module, "goes_through_host", lambda tensor, group: group is not None)
-            for name in ("on_host", "room_on_host"):
-                patch.setattr(module, name, kept(getattr(staging, name)), raising=False)
-        patch.setattr(torch, "empty_like", like)
-        for name in _EXCHANGES:
-            patch.setattr(dist, name, watched(name, getattr(dist, name)))
-        yield used
 
 
 def _collectives(state: ParallelState) -> list[Tensor]:
@@ -95,7 +42,7 @@ def _collectives(state: ParallelState) -> list[Tensor]:
 def test_collectives_are_the_same() -> None:
     state = ParallelState.create(Topology(3))
     expected = _collectives(state)
-    with _all_tensors_on_an_accelerator() as used:
+    with all_tensors_on_an_accelerator() as used:
         found = _collectives(state)
     assert used == {"all_reduce", "broadcast", "isend", "irecv"}
     for one, other in zip(found, expected, strict=True):
@@ -128,6 +75,6 @@ def _losses(parallel: dict[str, Any]) -> list[list[float]]:
 @distributed(4)
 def test_training_is_the_same(parallel: dict[str, Any]) -> None:
     expected = _losses(parallel)
-    with _all_tensors_on_an_accelerator() as used:
+    with all_tensors_on_an_accelerator() as used:
         assert _losses(parallel) == expected
     assert used
