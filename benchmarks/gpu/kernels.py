@@ -8,7 +8,7 @@ Letters: n tokens, h hidden, f width of the MLP, v vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -24,7 +24,7 @@ from megatron.ops.dropout import bias_dropout_add
 from megatron.ops.fp8 import Factor, fp8_cast, fp8_scale, fp8_transpose
 from megatron.ops.fused_norm import norm_after_add
 from megatron.ops.mlp import bias_activation
-from megatron.ops.multi_tensor import divide_, sum_of_squares
+from megatron.ops.multi_tensor import add_at_, divide_, sum_of_squares
 from megatron.ops.norm import layer_norm, rms_norm
 from megatron.ops.rotary import Rotation, rotate, rotation, split_heads
 from megatron.ops.softmax import scaled_softmax
@@ -422,6 +422,17 @@ def _gradients(draw: Draw) -> list[Tensor]:
     return [draw.normal(draw.pick(2**24, 1111 * i), dtype=torch.float32) for i in range(1, 9)]
 
 
+def _small_gradients(draw: Draw) -> Inputs:
+    count, n = draw.pick(192, 70), draw.pick(2**16, 64, 67)
+    flat = draw.normal(count * n, dtype=torch.float32)
+    return flat, [n * place for place in range(count)], [draw.normal(n) for _ in range(count)]
+
+
+def _add_at(flat: Tensor, starts: Sequence[int], terms: Sequence[Tensor]) -> None:
+    for start, term in zip(starts, terms, strict=True):
+        flat[start : start + len(term)].add_(term)
+
+
 def _optimizer_cases() -> Iterable[Case]:
     yield Case(
         name="AdamW, float32 masters",
@@ -447,6 +458,14 @@ def _optimizer_cases() -> Iterable[Case]:
         formula=lambda tensors, divisor: [x.div_(divisor) for x in tensors],
         torch=torch._foreach_div_,
         moved=lambda tensors, divisor: 2 * size(*tensors),
+        comparable=False,
+    )
+    yield Case(
+        name="small gradients into float32 ones",
+        draw=_small_gradients,
+        ours=add_at_,
+        formula=_add_at,
+        moved=lambda flat, starts, terms: 2 * size(flat) + size(*terms),
         comparable=False,
     )
 

@@ -1,5 +1,5 @@
-// Operations on all elements of many tensors at once: the sum of their squares, and division by a
-// number that is on the device.
+// Operations on all elements of many tensors at once: the sum of their squares, division by a number
+// that is on the device, and the addition of others to them.
 //
 // Squares are made in float32 and added up in float32 only within a pack of 16 bytes; all further
 // sums are float64. A sum over any number of elements is then off by the rounding of single
@@ -78,6 +78,30 @@ __global__ void __launch_bounds__(kInBlock) divide(const Rows<1> rows, const flo
   }
 }
 
+// Where the sums of each row begin among all, in elements.
+struct Starts {
+  int64_t of[kTogether];
+};
+
+// Packs of V sums, of at most 16 bytes; those of what is added to them may be shorter.
+template <typename T, int V>
+__global__ void __launch_bounds__(kInBlock)
+    add(const Rows<1> rows, const Starts starts, float* to) {
+  constexpr int kPacks = kTile / (kInBlock * V);
+  Tile tile = find(rows, static_cast<int>(blockIdx.x));
+  float* sums = to + starts.of[tile.row];
+  float x[kPacks][V], total[kPacks][V];
+  load_tile<V, kPacks>(reinterpret_cast<const T*>(rows.address[tile.row][0]), tile, x);
+  load_tile<V, kPacks>(sums, tile, total);
+#pragma unroll
+  for (int i = 0; i < kPacks; i++) {
+    int64_t at = tile.begin + (i * kInBlock + threadIdx.x) * V;
+#pragma unroll
+    for (int j = 0; j < V; j++) total[i][j] += x[i][j];
+    if (at < tile.end) store<V>(sums + at, total[i]);
+  }
+}
+
 }  // namespace
 }  // namespace megatron
 
@@ -118,6 +142,28 @@ EXPORT int multi_tensor_divide(const void* divisor, const void* table, int64_t c
       auto kernel = all_fit<kFull<T>>(rows) ? divide<T, kFull<T>> : divide<T, 1>;
       return launch(kernel, dim3(static_cast<unsigned>(rows.tiles)), dim3(kInBlock), 0, stream,
                     rows, static_cast<const float*>(divisor));
+    });
+  });
+}
+
+// Adds in place: row i of `table` to the float32 numbers at `to` from the one on that `starts`, i64
+// on the host, says. No two rows meet.
+EXPORT int multi_tensor_add(void* to, const void* starts, const void* table, int64_t count,
+                            int64_t format, megatron::Stream stream) {
+  using namespace megatron;
+  return with_format(format, [&](auto t) {
+    using T = typename decltype(t)::type;
+    return together<1>(table, count, [&](const Rows<1>& rows, int64_t before) {
+      constexpr int kPack = kFull<float>;
+      Starts own = {};
+      bool packs = all_fit<kPack>(rows) && reinterpret_cast<uintptr_t>(to) % 16 == 0;
+      for (int row = 0; row < rows.count; row++) {
+        own.of[row] = static_cast<const int64_t*>(starts)[before + row];
+        packs = packs && own.of[row] % kPack == 0;
+      }
+      auto kernel = packs ? add<T, kPack> : add<T, 1>;
+      return launch(kernel, dim3(static_cast<unsigned>(rows.tiles)), dim3(kInBlock), 0, stream,
+                    rows, own, static_cast<float*>(to));
     });
   });
 }

@@ -53,6 +53,20 @@ def _divide_twin(tensors: Sequence[Tensor], divisor: Tensor) -> None:
         tensor.div_(divisor)
 
 
+def _add_at_kernel(flat: Tensor, starts: Sequence[int], terms: Sequence[Tensor]) -> None:
+    assert flat.dtype == torch.float32 and flat.is_contiguous()
+    assert all(term.dtype == terms[0].dtype for term in terms)
+    if terms:
+        first = torch.tensor(starts, dtype=torch.int64, device="cpu")
+        table = host_table(terms)
+        kernels.launch("multi_tensor_add", flat, first, table, len(terms), terms[0].dtype)
+
+
+def _add_at_twin(flat: Tensor, starts: Sequence[int], terms: Sequence[Tensor]) -> None:
+    for start, term in zip(starts, terms, strict=True):
+        flat[start : start + term.numel()].add_(term.flatten())
+
+
 _squares = operator(
     # The first stands by itself to say which implementation runs.
     "sum_of_squares(Tensor first, Tensor[] others) -> Tensor",
@@ -63,6 +77,11 @@ _divide = operator(
     "divide_(Tensor(a!)[] tensors, Tensor divisor) -> ()",
     kernel=_divide_kernel,
     twin=_divide_twin,
+)
+_add_at = operator(
+    "add_at_(Tensor(a!) flat, int[] starts, Tensor[] terms) -> ()",
+    kernel=_add_at_kernel,
+    twin=_add_at_twin,
 )
 
 
@@ -81,3 +100,12 @@ def divide_(tensors: Sequence[Tensor], divisor: Tensor) -> None:
     is one for the tensors, a float64 divisor to PyTorch.
     """
     _divide(tensors, divisor)
+
+
+def add_at_(flat: Tensor, starts: Sequence[int], terms: Sequence[Tensor]) -> None:
+    """Add each of `terms` in place to as many elements of `flat` [n], from that at its start on.
+
+    The terms are contiguous, of one dtype and on the device of `flat`, and no two of them meet. A
+    float32 `flat` goes to the kernel, where there is one.
+    """
+    _add_at(flat, starts, terms)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from megatron.mpu.collectives import start_all_reduce, start_reduce_scatter
 from megatron.mpu.direct import Pending
 from megatron.mpu.parallel_state import Axis
+from megatron.optimizer.additions import Additions
 from megatron.optimizer.buckets import Bucket
 from megatron.optimizer.flat_buffer import FlatBuffer, Shard
 
@@ -71,12 +72,14 @@ class WholeGradients:
         self._missing = [set(bucket.places) for bucket in buckets]
         self._place = {bucket: index for index, bucket in enumerate(buckets)}
         self._works: list[Pending] = []
+        self._additions = {b: Additions(b.gradients) for b in buffers if b.gradients is not None}
 
     def zero(self) -> None:
         """Begin a step."""
         for buffer in self._buffers:
             assert buffer.gradients is not None
             buffer.gradients.zero_()
+            self._additions[buffer].drop()
         self._missing = [set(bucket.places) for bucket in self._buckets]
         self._launched = 0
 
@@ -87,7 +90,7 @@ class WholeGradients:
     def arrived(self, parameter: nn.Parameter, bucket: Bucket, *, last: bool) -> None:
         """Add what autograd could not, and launch the buckets that are complete."""
         if parameter.grad is not None and not bucket.buffer.accumulates_in_place:
-            parameter.main_grad.add_(parameter.grad)  # type: ignore[attr-defined]
+            self._add(parameter, bucket, parameter.grad)
             parameter.grad = None
         if last:
             place = self._place[bucket]
@@ -104,8 +107,16 @@ class WholeGradients:
             work.wait()
         self._works.clear()
 
+    def _add(self, parameter: nn.Parameter, bucket: Bucket, gradient: Tensor) -> None:
+        additions = self._additions[bucket.buffer]
+        if additions.takes(gradient):
+            additions.add(bucket.start + bucket.places[parameter], gradient)
+        else:
+            parameter.main_grad.add_(gradient)  # type: ignore[attr-defined]
+
     def _launch_next(self) -> None:
         bucket = self._buckets[self._launched]
+        self._additions[bucket.buffer].flush()
         self._launched += 1
         gradients, axis = _gradients(bucket), self._axis
         if self._scattered:

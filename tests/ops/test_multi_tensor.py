@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from megatron.ops import kernels
-from megatron.ops.multi_tensor import divide_, sum_of_squares
+from megatron.ops.multi_tensor import add_at_, divide_, sum_of_squares
 from tests.ops.kernel_cases import DEVICE, FORMATS, ON_GPU, with_kernels
 
 SIZES = (4096, 1, 3, 0, 5000, 1024 * 9)
@@ -95,6 +95,25 @@ def test_quotients_are_rounded_once(dtype: torch.dtype, offset: int) -> None:
         assert all(torch.equal(x, y) for x, y in zip(tensors, wanted, strict=True))
 
 
+@pytest.mark.parametrize(("begin", "gap", "offset"), [(0, 0, 0), (64, 4, 0), (1, 3, 0), (0, 0, 1)])
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_terms_are_added_bit_by_bit_where_they_belong(
+    dtype: torch.dtype, begin: int, gap: int, offset: int
+) -> None:
+    for sizes in (SIZES, (4096, 8), (12,) * 150, (0,), ()):
+        terms = draw(dtype, *sizes, offset=offset)
+        starts = [begin + sum(sizes[:i]) + gap * i for i in range(len(sizes))]
+        order = range(len(sizes))[::-1]  # the terms need not come in the order of their places
+        starts, terms = [starts[i] for i in order], [terms[i] for i in order]
+        (flat,) = draw(torch.float32, begin + sum(sizes) + gap * len(sizes) + 5)
+        wanted = flat.clone()
+        for start, term in zip(starts, terms, strict=True):
+            wanted[start : start + len(term)].add_(term)
+        with with_kernels():
+            add_at_(flat, starts, terms)
+        assert torch.equal(flat, wanted)
+
+
 def test_neighbours_are_left_alone() -> None:
     whole = torch.ones(5000, device=DEVICE)
     with with_kernels():
@@ -116,3 +135,5 @@ def test_are_operators(choice: str) -> None:
     with kernels.using(choice):
         opcheck(torch.ops.megatron.sum_of_squares.default, (tensors[0], tensors[1:]))
         opcheck(torch.ops.megatron.divide_.default, (tensors, torch.tensor(2.0)))
+        terms = [tensor.bfloat16() for tensor in tensors]
+        opcheck(torch.ops.megatron.add_at_.default, (torch.randn(9), [4, 0], terms))
