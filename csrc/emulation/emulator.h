@@ -75,12 +75,30 @@ constexpr int kDivergent = 716;  // as cudaErrorMisalignedAddress: something the
 
 enum class Waiting { kNot, kBlock, kWarp, kDone };
 
-// A place to run threads at, one after the other: the next begins where the last one ended, and
-// only a thread that waits keeps its place to itself.
+// Where a run of instructions can be left and gone on with.
+struct Place {
+  ucontext_t context;
+  jmp_buf jump;
+  bool left = false;
+};
+
+inline void go(Place& from, Place& to) {
+#if defined(__SANITIZE_ADDRESS__)
+  swapcontext(&from.context, &to.context);  // the one change that the sanitizer understands
+#else
+  // Without a call of the system but at the very begin of a context.
+  from.left = true;
+  if (_setjmp(from.jump)) return;
+  if (to.left) _longjmp(to.jump, 1);
+  setcontext(&to.context);
+#endif
+}
+
+// Threads run here one after the other: the next begins where the last one ended, and only a thread
+// that waits keeps the fiber to itself.
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStack]};
-  ucontext_t start;
-  jmp_buf place;
+  Place place;
 };
 
 struct Thread {
@@ -102,7 +120,7 @@ struct State {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Fiber*> idle;
   std::vector<unsigned char> shared;
-  jmp_buf launcher;
+  Place launcher;
   Thread* current = nullptr;
   std::function<void()> body;
   uint64_t random = 1;
@@ -172,36 +190,40 @@ inline void run_threads() {
       continue;
     }
     s.idle.push_back(own);
-    // The system's own change of contexts would call the kernel each time.
-    if (!_setjmp(own->place)) _longjmp(thread ? thread->fiber->place : s.launcher, 1);
+    go(own->place, thread ? thread->fiber->place : s.launcher);
   }
 }
 
-// Gives the current thread a fiber, and goes there.
-inline void begin() {
+// A fiber for a thread that begins: at the start, or where it has run another to the end.
+inline Fiber* free_fiber() {
   auto& s = state();
   if (!s.idle.empty()) {
-    s.current->fiber = s.idle.back();
+    Fiber* fiber = s.idle.back();
     s.idle.pop_back();
-    _longjmp(s.current->fiber->place, 1);
+    return fiber;
   }
   s.fibers.emplace_back(new Fiber);
-  Fiber* fiber = s.current->fiber = s.fibers.back().get();
-  getcontext(&fiber->start);
-  fiber->start.uc_stack.ss_sp = fiber->stack.get();
-  fiber->start.uc_stack.ss_size = kStack;
-  fiber->start.uc_link = nullptr;
-  makecontext(&fiber->start, run_threads, 0);
-  setcontext(&fiber->start);
+  Fiber* fiber = s.fibers.back().get();
+  ucontext_t& context = fiber->place.context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber->stack.get();
+  context.uc_stack.ss_size = kStack;
+  context.uc_link = nullptr;
+  makecontext(&context, run_threads, 0);
+  return fiber;
+}
+
+// Leaves `from` for the thread whose turn it is.
+inline void go_on(Place& from, Thread* thread) {
+  if (!thread->fiber) thread->fiber = free_fiber();
+  go(from, thread->fiber->place);
 }
 
 inline void wait(Waiting what) {
   Thread* me = state().current;
   me->waiting = what;
   Thread* thread = next();
-  if (thread == me || _setjmp(me->fiber->place)) return;
-  if (thread->fiber) _longjmp(thread->fiber->place, 1);
-  begin();
+  if (thread != me) go_on(me->fiber->place, thread);
 }
 
 inline void run_block() {
@@ -216,8 +238,7 @@ inline void run_block() {
         dim3(i % s.block.x, i / s.block.x % s.block.y, i / (s.block.x * s.block.y));
   }
   s.turn = count, s.done = 0, s.moved = true;
-  next();
-  if (!_setjmp(s.launcher)) begin();
+  go_on(s.launcher, next());
 }
 
 // Runs `body` as every thread of every block; returns 0.
