@@ -77,8 +77,23 @@ def _finish(trainer: Trainer, save_to: Path | None = None) -> list[Any]:
                 "recompute_granularity": "full",
             },
         ),
+        (
+            {
+                "model_type": "gpt",
+                "hidden_size": 32,
+                "fp64": False,
+                "bf16": True,
+                "fp8_format": "hybrid",
+                "fp8_recipe": "delayed",
+            },
+            {
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+                "use_distributed_optimizer": True,
+            },
+        ),
     ],
-    ids=["bert", "gpt-interleaved", "gpt-zb-2p", "t5"],
+    ids=["bert", "gpt-interleaved", "gpt-zb-2p", "t5", "gpt-8-bits"],
 )
 @distributed(4)
 def test_going_on_from_a_checkpoint_changes_no_bit(
