@@ -173,12 +173,12 @@ __device__ __forceinline__ Chunk narrow(const float (&in)[kChunk], float factor)
 template <typename F, typename T>
 __global__ void __launch_bounds__(kTileThreads)
     cast_tile(const T* x, const float* scale, uint8_t* values, uint8_t* transposed, uint32_t* parts,
-              int64_t rows, int64_t columns, int64_t padded, int64_t tiles_in_row) {
+              int64_t rows, int64_t columns, int64_t padded, uint32_t tiles_in_row) {
   constexpr int kTogether = 2;  // passes whose loads are under way at once
   __shared__ Tile tile;
   __shared__ uint32_t scratch[kTileThreads / kWarp];
-  int64_t first_row = blockIdx.x / tiles_in_row * kTileRows;
-  int64_t first_column = blockIdx.x % tiles_in_row * kTileColumns;
+  int64_t first_row = static_cast<int64_t>(blockIdx.x / tiles_in_row) * kTileRows;
+  int64_t first_column = static_cast<int64_t>(blockIdx.x % tiles_in_row) * kTileColumns;
   int chunk = threadIdx.x % kInRow;
   int64_t column = first_column + chunk * kChunk;
   float factor = 1.0f / *scale;
@@ -216,10 +216,10 @@ __global__ void __launch_bounds__(kTileThreads)
 
 __global__ void __launch_bounds__(kTileThreads)
     transpose_tile(const uint8_t* x, uint8_t* transposed, int64_t rows, int64_t columns,
-                   int64_t padded, int64_t tiles_in_row) {
+                   int64_t padded, uint32_t tiles_in_row) {
   __shared__ Tile tile;
-  int64_t first_row = blockIdx.x / tiles_in_row * kTileRows;
-  int64_t first_column = blockIdx.x % tiles_in_row * kTileColumns;
+  int64_t first_row = static_cast<int64_t>(blockIdx.x / tiles_in_row) * kTileRows;
+  int64_t first_column = static_cast<int64_t>(blockIdx.x % tiles_in_row) * kTileColumns;
   int chunk = threadIdx.x % kInRow;
   int64_t column = first_column + chunk * kChunk;
   Chunk in[kPasses] = {};
@@ -238,7 +238,9 @@ __global__ void __launch_bounds__(kTileThreads)
   store_transposed(tile, transposed, first_row, first_column, columns, padded);
 }
 
-int64_t tiles_in_row(int64_t columns) { return divide_up(columns, kTileColumns); }
+uint32_t tiles_in_row(int64_t columns) {
+  return static_cast<uint32_t>(divide_up(columns, kTileColumns));
+}
 
 int64_t tiles(int64_t rows, int64_t columns) {
   return divide_up(rows, kTileRows) * tiles_in_row(columns);

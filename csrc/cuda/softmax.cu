@@ -276,8 +276,9 @@ int with_team(int64_t columns, Work work, WorkLong work_long) {
   return work_long();
 }
 
-// Shared memory for a row, which every GPU can give a block; 0 where there is not enough.
-constexpr int64_t kMostShared = 64 * 1024;
+// Shared memory for a row, which every GPU can give a block; 0 where there is not enough. The least
+// that there is are 64 KB, on Turing, and they have to hold the block's scratch, too.
+constexpr int64_t kMostShared = 63 * 1024;
 
 size_t kept_bytes(int64_t bytes) { return bytes <= kMostShared ? static_cast<size_t>(bytes) : 0; }
 
