@@ -1,8 +1,9 @@
-"""Compiles the kernels, for the GPU that is here or for the emulator."""
+"""Compiles the kernels, for the GPU that is here and for the emulator, which some tests want."""
 
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -14,6 +15,11 @@ def run(context: Context) -> None:
     """Builds; raises BuildError."""
     start = time.perf_counter()
     context.record("files", len(cuda_sources()))
-    made = build_emulated() if context.smoke else build_cuda(torch.cuda.get_device_capability())
-    context.record("library", made.name)
-    context.record("seconds", time.perf_counter() - start)
+    with ThreadPoolExecutor() as pool:
+        emulated = pool.submit(build_emulated)
+        made = (
+            emulated.result() if context.smoke else build_cuda(torch.cuda.get_device_capability())
+        )
+        context.record("library", made.name)
+        context.record("seconds", time.perf_counter() - start)
+        emulated.result()

@@ -9,9 +9,9 @@ after every section, to gpu-NAME.json and as a table to gpu-NAME.md, NAME being 
 sections print is kept in build/gpu-check/.
 
     machine     the GPU, its copy's and its matrix product's speed
-    build       compiles the kernels
-    tests       tests/ops and tests/gpu          these, and a rehearsal that fills the compilers'
-    sanitizer   races and memory                 caches for the two that follow, run side by side
+    build       compiles the kernels             these, and a rehearsal that fills the compilers'
+    tests       tests/ops and tests/gpu          caches for the two that follow, run side by side
+    sanitizer   races and memory
     agreement   TP=2 and PP=2 on the one GPU
     kernels     every kernel, measured
     training    BERT and GPT, measured
@@ -59,18 +59,19 @@ class Section:
     rehearsed: bool = False
 
 
-# Those of a phase run at the same time: the first has one that needs the GPU alone and one that
-# does not need it, the second measures nothing.
+# Those of a phase run at the same time; they measure nothing, or are alone.
 PHASES: tuple[tuple[Section, ...], ...] = (
-    (Section("machine", 60), Section("build", 150)),
+    (Section("machine", 60),),
+    (Section("build", 100),),
     (Section("tests", 130), Section("sanitizer", 130), Section("agreement", 130)),
-    (Section("kernels", 150, rehearsed=True),),
-    (Section("training", 330, rehearsed=True),),
+    (Section("kernels", 130, rehearsed=True),),
+    (Section("training", 400, rehearsed=True),),
 )
-REHEARSALS = 1  # the phase beside which there are some
+REHEARSALS = (1, 2)  # the phases beside which there are some: begun with one, ended with the other
+REHEARSED = 165.0  # seconds
 SECTIONS = [section.name for phase in PHASES for section in phase]
 # What is kept back for each phase that is still to come, so that the last ones get their turn.
-KEPT_BACK = {"kernels": 60.0, "training": 150.0}
+KEPT_BACK = {"kernels": 75.0, "training": 220.0}
 
 
 @dataclass
@@ -103,27 +104,29 @@ class Check:
 
     def run(self) -> bool:
         """Every phase; whether all sections ended well."""
+        first, last = REHEARSALS
+        rehearsals: list[Running] = []
         for number, phase in enumerate(PHASES):
             later = [each for others in PHASES[number + 1 :] for each in others]
-            own = [section for section in phase if section.name in self.only]
-            running = [self._start(section, later) for section in own]
-            if own and number == REHEARSALS:
+            if number == first and self._has_one_of(PHASES[last]):
                 rehearsed = [each for each in later if each.rehearsed and each.name in self.only]
-                running += [self._start(each, later, rehearse=True) for each in rehearsed]
-            self._wait(running)
+                rehearsals = [self._start(each, later, rehearse=True) for each in rehearsed]
+            running = [self._start(each, later) for each in phase if each.name in self.only]
+            self._wait([*running, *rehearsals] if number == last else running)
             if self.path is None:
                 raise ConfigError(self.found["sections"]["machine"]["last_words"][-1])
         states = [each["state"] for each in self.found["sections"].values()]
         return all(state == "done" for state in states)
+
+    def _has_one_of(self, phase: Sequence[Section]) -> bool:
+        return any(section.name in self.only for section in phase)
 
     def _start(
         self, section: Section, later: Sequence[Section], *, rehearse: bool = False
     ) -> Running:
         kept = sum(KEPT_BACK.get(each.name, 0.0) for each in later if each.name in self.only)
         left = self.deadline - time.monotonic() - kept
-        # A rehearsal is as long as the sections beside which it runs.
-        limit = min(section.limit, PHASES[REHEARSALS][0].limit) if rehearse else section.limit
-        seconds = max(min(limit, left), 5.0)
+        seconds = max(min(REHEARSED if rehearse else section.limit, left), 5.0)
         stem = f"{section.name}-rehearsal" if rehearse else section.name
         findings = WORK / f"{stem}.json"
         findings.unlink(missing_ok=True)

@@ -42,6 +42,8 @@ def run(context: Context) -> None:
         except Exception as error:  # whatever a kernel may have done
             context.record(case.name, {"absent": first_line(error)})
         print(case.name, flush=True)
+        if not context.smoke:
+            torch.cuda.empty_cache()  # others may be at work beside a rehearsal
 
 
 def measured(
@@ -50,10 +52,11 @@ def measured(
     """The figures of a case's forward pass and, where it has one, backward pass."""
     draw = Draw(context.device_type, tiny=0 if context.smoke else None)
     torch.manual_seed(1)
-    sets = [case.draw(draw) for _ in range(1 if context.smoke else SETS)]
-    functions = {OURS: case.ours, TORCH: case.torch or case.formula}
+    sets = [case.draw(draw) for _ in range(1 if context.smoke or context.rehearse else SETS)]
     # In a trial nothing is compiled: that takes long, and is PyTorch's own affair.
-    functions[COMPILED] = case.formula if context.smoke else torch.compile(case.formula)
+    functions = {COMPILED: case.formula if context.smoke else torch.compile(case.formula)}
+    if not context.rehearse:
+        functions = {OURS: case.ours, TORCH: case.torch or case.formula} | functions
     passes: list[tuple[str, Callable[..., int], Callable[..., Action]]] = [
         (case.name, case.moved, forward_action)
     ]
@@ -61,7 +64,7 @@ def measured(
         passes.append((f"{case.name}, backward", case.moved_back, backward_action))
     for name, count, action in passes:
         moved = count(*sets[0])
-        contestants = {COPY: copies(moved // 2, context.device_type)}
+        contestants = {} if context.rehearse else {COPY: copies(moved // 2, context.device_type)}
         made = {key: _made(action, function, sets) for key, function in functions.items()}
         absent = {key: error for key, error in made.items() if isinstance(error, str)}
         contestants |= {key: found for key, found in made.items() if not isinstance(found, str)}
@@ -69,8 +72,8 @@ def measured(
         bursts = {key: list(found) * times_over for key, found in contestants.items()}
         times = contest(bursts, stopwatch, rounds)
         times |= {key: Times(absent=reason) for key, reason in absent.items()}
-        found = figures(times, moved) if rounds else {}
-        if case.comparable and action is forward_action:
+        found = {} if context.rehearse else figures(times, moved)
+        if case.comparable and action is forward_action and not context.rehearse:
             with torch.no_grad():
                 found["difference"] = difference(case.ours(*sets[0]), case.formula(*sets[0]))
         yield name, found

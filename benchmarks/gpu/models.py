@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from benchmarks.bert_step import random_batches
+from benchmarks.random_batches import random_batches
 from megatron.config import (
     Config,
     DataConfig,
@@ -33,6 +33,7 @@ class Training:
 
     Attributes:
         goal: the share of the rate of a matrix product that a step is to reach.
+        wanted: whether time is kept for it.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Training:
     micro_batch: int
     micro_batches: int
     goal: float
+    wanted: bool = True
 
     @property
     def tokens(self) -> int:
@@ -113,7 +115,7 @@ TRAININGS = (
     _gpt_1_3b(1024),
     _gpt_345m(1024),
     replace(_gpt_345m(512), name="BERT-345M, s = 512", kind="bert", vocabulary=30592),
-    _gpt_1_3b(2048),
+    replace(_gpt_1_3b(2048), wanted=False),
 )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.gpu.context import processes
 from benchmarks.gpu.steps import Spec, serve
 
-BURST_SECONDS = 60.0
+BURST_SECONDS = 30.0
 
 
 @dataclass
@@ -20,6 +20,7 @@ class Rival:
     Attributes:
         absent: why it does not take part, or no longer.
         losses: of its first steps.
+        step_seconds: of the last of these; None where it was not built.
         peak: bytes of the device that it has taken at most.
         seconds: of a step, by round.
     """
@@ -27,6 +28,7 @@ class Rival:
     spec: Spec
     absent: str | None = None
     losses: list[float] = field(default_factory=list)
+    step_seconds: float | None = None
     peak: float = 0.0
     seconds: dict[int, float] = field(default_factory=dict)
 
@@ -58,41 +60,45 @@ class Rival:
         """Whether it is built before the deadline, of `time.monotonic`; if not, it is ended."""
         answer = self._answer(deadline - time.monotonic())
         self.losses = answer.get("losses", [])
+        self.step_seconds = answer.get("seconds")
         return self.absent is None
 
-    def burst(self, count: int, number: int) -> float:
-        """Seconds of a step, of so many, in a round of this number."""
+    def burst(self, count: int, number: int) -> None:
+        """Have it run so many steps in a round of this number."""
         self._send(count)
         answer = self._answer(BURST_SECONDS)
         if self.absent is None:
             self.seconds[number] = answer["seconds"]
-        return self.seconds.get(number, float("nan"))
+
+    def leave(self) -> None:
+        """It gives its memory back to the others; what it has said stays."""
+        self._process.kill()
+        self._process.join()
+
+    def end(self, reason: str) -> None:
+        """It no longer takes part."""
+        self.absent = reason
+        self.leave()
 
     def _send(self, message: object) -> None:
         if self.absent is None:
             try:
                 self._pipe.send(message)
             except OSError:
-                self._end("its process ended")
+                self.end("its process ended")
 
     def _answer(self, seconds: float) -> dict[str, Any]:
         if self.absent is not None:
             return {}
         try:
             if not self._pipe.poll(max(seconds, 0.0)):
-                self._end(f"no answer in {max(seconds, 0.0):.0f} s")
+                self.end(f"no answer in {max(seconds, 0.0):.0f} s")
                 return {}
             answer: dict[str, Any] = self._pipe.recv()
         except (EOFError, OSError):
-            self._end("its process ended, perhaps out of memory")
+            self.end("its process ended, perhaps out of memory")
             return {}
         if "absent" in answer:
-            self._end(answer["absent"])
+            self.end(answer["absent"])
         self.peak = max(self.peak, answer.get("peak", 0.0))
         return answer
-
-    def _end(self, reason: str) -> None:
-        """It gives its memory back to the others."""
-        self.absent = reason
-        self._process.kill()
-        self._process.join()

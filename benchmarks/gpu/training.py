@@ -1,4 +1,8 @@
-"""This project's steps of training beside those of its peers, burst after burst in turn."""
+"""This project's steps of training beside those of its peers, burst after burst in turn.
+
+The peers stay for a whole contest. Of this project one variant is there at a time and runs its
+rounds with them: two of them would not fit beside the peers in 80 GB.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +13,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.machine import MATRIX
 from benchmarks.gpu.models import TRAININGS, Training
@@ -18,24 +20,45 @@ from benchmarks.gpu.rivals import Rival
 from benchmarks.gpu.steps import PRODUCTS, Spec
 
 OURS, PRODUCT = "megatron", "product"
-ROUNDS = 5
-BURST_SECONDS = 0.7
+PEERS = ("transformers", "plain")
+ROUNDS = 4
+BURST_SECONDS = 0.6
 MOST_STEPS = 10
-# What a contest takes: below it none is begun.
-SHORTEST = 30.0
+# What a contest takes: below it none is begun, and so much is left to each that is still to come.
+SHORTEST = 70.0
+# What a variant takes that is not the first; below it none is begun.
+VARIANT = 25.0
 
 
 def run(context: Context) -> None:
     """A contest for each model, the most wanted first, as far as time goes."""
     trainings = one_of_each_kind() if context.smoke else TRAININGS
-    if context.smoke and context.rehearse:
-        trainings = trainings[:1]
-    for training in trainings:
-        if context.seconds_left < SHORTEST:
+    if context.rehearse:
+        rehearse(trainings, context)
+        return
+    for number, training in enumerate(trainings):
+        if context.seconds_left < SHORTEST / 2:
             context.record(training.name, {"absent": "no time was left"})
             continue
-        context.record(training.name, contest(training, context))
+        to_come = sum(each.wanted for each in trainings[number + 1 :])
+        kept = 0.0 if context.smoke else SHORTEST * to_come
+        deadline = max(context.deadline - kept, time.monotonic() + SHORTEST)
+        context.record(training.name, contest(training, context, min(deadline, context.deadline)))
         print(training.name, flush=True)
+
+
+def rehearse(trainings: Sequence[Training], context: Context) -> None:
+    """Have the peers compile, all models of one peer at once: more would not fit in 80 GB."""
+    for name in PEERS:
+        specs = [spec for each in trainings if each.wanted for spec in peers_of(each, context)]
+        rivals = [Rival(spec) for spec in specs if spec.contestant == name]
+        with ExitStack() as stack:
+            for rival in rivals:
+                stack.enter_context(rival)
+                rival.build()
+            for rival in rivals:
+                rival.ready(context.deadline)
+                context.record(f"{rival.spec.training.name}, {name}", rival.absent or "compiled")
 
 
 def one_of_each_kind() -> tuple[Training, ...]:
@@ -44,85 +67,74 @@ def one_of_each_kind() -> tuple[Training, ...]:
     return tuple(kinds[kind] for kind in sorted(kinds))
 
 
-def entrants(training: Training, context: Context) -> list[Spec]:
-    """Who takes part, in the order in which they are built."""
+def peers_of(training: Training, context: Context) -> list[Spec]:
+    """The others that train such a model."""
+    names = PEERS if training.kind == "gpt" else PEERS[:1]
+    return [
+        Spec(contestant=name, training=training, device_type=context.device_type) for name in names
+    ]
+
+
+def variants(training: Training, context: Context) -> list[Spec]:
+    """This project's ways of training it, the most wanted first."""
     base = Spec(contestant=OURS, training=training, device_type=context.device_type)
-    peers = [replace(base, contestant="transformers")]
-    if training.kind == "gpt":
-        peers.append(replace(base, contestant="plain"))
-    if context.rehearse:
-        return peers
     with_kernels = replace(base, kernels=context.kernels)
-    ours = [with_kernels, base]
-    if not context.smoke:
-        ours.insert(0, replace(with_kernels, cuda_graphs=True))
+    ours = [with_kernels]
     if training.kind == "bert":
-        ours.insert(0, replace(with_kernels, packed=True))
-    return [*peers, replace(base, contestant=PRODUCT), *ours]
+        ours.append(replace(with_kernels, packed=True))
+    if not context.smoke:
+        ours.append(replace(with_kernels, cuda_graphs=True))
+    return [*ours, base]
 
 
-def contest(training: Training, context: Context) -> dict[str, Any]:
+def contest(training: Training, context: Context, deadline: float) -> dict[str, Any]:
     """Build, measure, and say what came of it."""
-    rivals = [Rival(spec) for spec in entrants(training, context)]
-    with ExitStack() as stack:
-        for rival in rivals:
-            stack.enter_context(rival)
-        start(rivals, context)
-        if not context.rehearse:
-            measure([rival for rival in rivals if rival.absent is None], context)
-    return figures(training, rivals)
-
-
-def start(rivals: Sequence[Rival], context: Context) -> None:
-    """Build the peers at once, since they compile for long, then ours one after the other.
-
-    Each process takes the most memory while it is built. Of ours, the next one is built only where
-    the memory that is free holds one more.
-    """
-    # The last seconds are for measuring.
-    deadline = time.monotonic() + max(context.seconds_left - 10, 5)
-    peers = [rival for rival in rivals if rival.spec.contestant != OURS]
-    for rival in peers:
-        rival.build()
-    for rival in peers:
-        rival.ready(deadline)
-    needed = 0.0
-    for rival in rivals:
-        if rival.spec.contestant != OURS:
-            continue
-        if 1.2 * needed > free_memory(context):
-            rival.absent = "there is no memory for one more"
-            continue
-        rival.build()
-        rival.ready(deadline)
-        needed = max(needed, rival.peak)
-
-
-def free_memory(context: Context) -> float:
-    """Bytes of the device that nobody has taken."""
-    return float("inf") if context.smoke else float(torch.cuda.mem_get_info()[0])
-
-
-def measure(rivals: Sequence[Rival], context: Context) -> None:
-    """Rounds of bursts, in an order that turns; the first tells how many steps a burst has."""
+    limit = Spec(contestant=PRODUCT, training=training, device_type=context.device_type)
+    others = [Rival(spec) for spec in (limit, *peers_of(training, context))]
+    ours = [Rival(spec) for spec in variants(training, context)]
     rounds = 1 if context.smoke else ROUNDS
-    counts = {}
-    for rival in rivals:
-        seconds = rival.burst(1, 0)
-        if rival.seconds.pop(0, None) is not None:
-            counts[rival.spec] = min(max(round(BURST_SECONDS / seconds), 1), MOST_STEPS)
-    for number in range(1, rounds + 1):
+    with ExitStack() as stack:
+        for rival in (*others, *ours):
+            stack.enter_context(rival)
+        for rival in (*others, ours[0]):  # at once, since the peers compile for long
+            rival.build()
+        for rival in (*others, ours[0]):
+            # The last seconds are for measuring.
+            rival.ready(max(deadline - VARIANT, time.monotonic() + 5))
+        for number, own in enumerate(ours):
+            if number:
+                if not context.smoke and deadline - time.monotonic() < VARIANT:
+                    own.end("no time was left")
+                    continue
+                own.build()
+                own.ready(deadline)
+            if own.absent is None:
+                measure([*others, own], range(number * rounds, (number + 1) * rounds), deadline)
+                own.leave()
+    return figures(training, [*others, *ours])
+
+
+def measure(rivals: Sequence[Rival], rounds: Sequence[int], deadline: float) -> None:
+    """Rounds of bursts of those that are present, in an order that turns."""
+    for number in rounds:
         turn = number % len(rivals)
         for rival in (*rivals[turn:], *rivals[:turn]):
             if rival.absent is None:
-                rival.burst(counts[rival.spec], number)
-        if context.seconds_left < 0 and number > 1:
+                rival.burst(steps_of_a_burst(rival), number)
+        if time.monotonic() > deadline and number > rounds[0]:
             return
+
+
+def steps_of_a_burst(rival: Rival) -> int:
+    """How many steps make a burst long enough to be measured."""
+    if rival.step_seconds is None:
+        return 1
+    return min(max(round(BURST_SECONDS / rival.step_seconds), 1), MOST_STEPS)
 
 
 def figures(training: Training, rivals: Sequence[Rival]) -> dict[str, Any]:
     """Medians of all that is reported, and ratios within a round."""
-    measured = [rival for rival in rivals if rival.seconds and rival.absent is None]
+    measured = [rival for rival in rivals if rival.seconds]
     limit = next((rival for rival in measured if rival.spec.contestant == PRODUCT), None)
     size = MATRIX if training in TRAININGS else 64
     found: dict[str, Any] = {
@@ -144,7 +156,7 @@ def figures(training: Training, rivals: Sequence[Rival]) -> dict[str, Any]:
         found["ratios"] = {
             rival.spec.title: _faster(best, rival)
             for rival in measured
-            if rival.spec.contestant not in (OURS, PRODUCT)
+            if rival.spec.contestant in PEERS and best.seconds.keys() & rival.seconds.keys()
         }
     return found
 
@@ -158,7 +170,7 @@ def _row(training: Training, rival: Rival, limit: Rival | None, size: int) -> di
         "peak_gib": rival.peak / 2**30,
         "losses": rival.losses,
     }
-    if limit is not None:
+    if limit is not None and limit.seconds.keys() & rival.seconds.keys():
         per_second = _faster(rival, limit) / (PRODUCTS * 2.0 * size**3)
         row["share_of_matmul"] = training.flops() * per_second
         necessary = training.flops() - training.attention_flops_ahead()

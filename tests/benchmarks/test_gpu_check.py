@@ -18,7 +18,7 @@ from benchmarks.gpu.check import Check, Running, Section, short_name
 from benchmarks.gpu.kernels import CASES
 from benchmarks.gpu.models import TRAININGS
 from benchmarks.gpu.report import Goal, goals, markdown
-from benchmarks.gpu.testing import read_report, verdict
+from benchmarks.gpu.testing import read_reports, verdict
 from benchmarks.gpu.training import one_of_each_kind
 from megatron.ops.build import cuda_sources
 
@@ -190,4 +190,4 @@ def test_pytests_report_is_read(tmp_path: Path) -> None:
         '<testcase classname="a" name="two"><failure/></testcase>'
         '<testcase classname="b" name="three"><skipped/></testcase></testsuite></testsuites>'
     )
-    assert read_report(path) == {"passed": 1, "skipped": 1, "failed": 1, "failures": ["a::two"]}
+    assert read_reports([path]) == {"passed": 1, "skipped": 1, "failed": 1, "failures": ["a::two"]}
