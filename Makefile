@@ -18,18 +18,18 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 endif
 
-.PHONY: help install quickstart test parity parity-hf kernels gpu-check lint format
+.PHONY: help install quickstart test parity parity-hf kernel-report gpu-check lint format
 
 help:
-	@echo "make quickstart   train a small BERT on this machine and export it"
-	@echo "make test         run the tests"
-	@echo "make parity       compare 120 layouts drawn at random with one process (LAYOUTS, SEED)"
-	@echo "make parity-hf    compare 200 random models with transformers 4.34.0 (CASES, ON_RANKS, SEED)"
-	@echo "make kernels      registers, memory and spills of each CUDA kernel (ARCH); needs no GPU"
-	@echo "make gpu-check    build, test and measure on this GPU, in under 9 minutes (CHECK)"
-	@echo "make lint         check style, format and types"
-	@echo "make format       put the files into their format"
-	@echo "make install      only make the environment that the others use"
+	@echo "make quickstart     train a small BERT on this machine and export it"
+	@echo "make test           run the tests"
+	@echo "make parity         compare 120 layouts drawn at random with one process (LAYOUTS, SEED)"
+	@echo "make parity-hf      compare 200 random models with transformers 4.34.0 (CASES, ON_RANKS, SEED)"
+	@echo "make kernel-report  registers, memory and spills of each CUDA kernel (ARCH); needs no GPU"
+	@echo "make gpu-check      build, test and measure on this GPU, in under 9 minutes (CHECK)"
+	@echo "make lint           check style, format and types"
+	@echo "make format         put the files into their format"
+	@echo "make install        only make the environment that the others use"
 
 install: $(INSTALLED)
 
@@ -55,7 +55,7 @@ parity-hf: $(INSTALLED)
 
 ARCH := 70 80 90 100
 
-kernels: $(INSTALLED)
+kernel-report: $(INSTALLED)
 	@$(PYTHON) tools/kernel_report.py --arch $(ARCH)
 
 # Whatever Python has PyTorch for the GPU is taken as it is; nothing is installed for it.
