@@ -25,9 +25,14 @@ from tools.kernel_report import (
 
 ROOT = Path(__file__).resolve().parents[2]
 COMPILERS = find_compilers()
+FRONT = min(ARCHITECTURES)  # what is compiled once
 
 needs_compiler = pytest.mark.skipif(
     not COMPILERS, reason="neither nvcc nor the packages of the extra `kernels` are here"
+)
+
+needs_packages = pytest.mark.skipif(
+    not find_compilers(FRONT), reason="the packages of the extra `kernels` are not here"
 )
 
 SPILLING = """
@@ -64,15 +69,34 @@ def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([str(word) for word in command], capture_output=True, text=True)
 
 
-@needs_compiler
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_no_kernel_spills(architecture: int) -> None:
-    if not any(compiler.knows(architecture) for compiler in COMPILERS):
-        pytest.skip(f"the compilers that are here do not know sm_{architecture}")
-    kernels, failures = compile_all(cuda_sources(), [architecture])
+@needs_packages
+def test_no_kernel_spills() -> None:
+    kernels, failures = compile_all(cuda_sources(), ARCHITECTURES, front=FRONT)
     assert failures == []
-    assert {kernel.source for kernel in kernels} == {path.name for path in cuda_sources()}
+    for architecture in ARCHITECTURES:
+        own = [kernel for kernel in kernels if kernel.architecture == architecture]
+        assert {kernel.source for kernel in own} == {path.name for path in cuda_sources()}
     assert [kernel for kernel in kernels if not kernel.is_clean] == []
+
+
+@needs_packages
+def test_packs_are_stored_by_one_instruction() -> None:
+    # The compiler may take a pack apart, which the memory system pays for.
+    stores: dict[tuple[str, str], list[set[str]]] = {}
+    for path in cuda_sources():
+        ptx = find_compilers(FRONT)[0].ptx(path, FRONT).decode()  # type: ignore[attr-defined]
+        for found in re.finditer(r"\.entry (\w+)\((.*?)^\}", ptx, re.MULTILINE | re.DOTALL):
+            kernel = path.name, readable(found[1]).partition("<")[0]
+            kinds = set(re.findall(r"st\.global\.(v4|u16|b16)", found[2]))
+            stores.setdefault(kernel, []).append(kinds)
+    # Rows of logits begin anywhere; sums over rows are the results of many threads each.
+    apart = {("cross_entropy.cu", "differentiate"), ("column_sums.cu", "sum_columns")}
+    for kernel, kinds_of_instances in stores.items():
+        halves = [kinds for kinds in kinds_of_instances if kinds & {"u16", "b16"}]
+        if halves and kernel not in apart:
+            assert any(kinds == {"v4"} for kinds in kinds_of_instances), kernel
+            assert not any("v4" in kinds for kinds in halves), kernel
+    assert {"v4"} <= set().union(*stores["cross_entropy.cu", "differentiate"])
 
 
 def test_every_kernel_says_how_many_threads_it_has() -> None:
