@@ -15,6 +15,7 @@ from unittest import mock
 import pytest
 
 from megatron.ops.build import build_emulated, cuda_sources
+from tests.ops.kernel_cases import ON_GPU
 
 ROOT = Path(__file__).parents[2]
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
@@ -55,10 +56,13 @@ def _checked(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-pytestmark = pytest.mark.skipif(
-    COMPILER is None or not Path(_library("libasan.so")).is_absolute(),
-    reason="there is no C++ compiler with an address sanitizer",
-)
+pytestmark = [
+    pytest.mark.skipif(
+        COMPILER is None or not Path(_library("libasan.so")).is_absolute(),
+        reason="there is no C++ compiler with an address sanitizer",
+    ),
+    pytest.mark.skipif(ON_GPU, reason="where there is a GPU, its own checker watches the kernels"),
+]
 
 
 def test_a_write_beyond_the_end_is_found() -> None:
