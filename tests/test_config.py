@@ -560,6 +560,21 @@ MISTAKES: list[tuple[dict[str, Any], int, str]] = [
         "--cuda-graphs and --reset-attention-mask exclude each other",
     ),
     ({"fp8_format": "hybrid"}, 1, "--fp8-format hybrid needs --bf16"),
+    (
+        {"fp8_format": "e4m3", "bf16": True, "ffn_hidden_size": 24},
+        1,
+        "needs sizes divisible by 16: the width of the MLP on a tensor rank is 24",
+    ),
+    (
+        {"fp8_format": "e4m3", "bf16": True, "hidden_size": 40, "kv_channels": 8},
+        1,
+        "--fp8-format e4m3 needs sizes divisible by 16: --hidden-size is 40",
+    ),
+    (
+        {"pack_sequences": True, "compile": True},
+        1,
+        "--pack-sequences and --compile exclude each other",
+    ),
     ({"fp8_recipe": "delayed"}, 1, "--fp8-recipe delayed needs --fp8-format"),
     (
         {"fp8_format": "e4m3", "bf16": True, "fp8_amax_history_len": 4},

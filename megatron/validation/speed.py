@@ -1,10 +1,12 @@
 """What makes a run faster, and what it cannot be combined with."""
 
-from megatron.config import all_flags
+from megatron.config import ModelConfig, all_flags
 from megatron.errors import ConfigError
 from megatron.validation.checks import Checks, exclude_each_other
 
 checks = Checks()
+
+_EIGHT_BIT_MULTIPLE = 16  # of both sizes of a product's factors, as the GPU takes them
 
 
 @checks.add
@@ -28,6 +30,12 @@ def packed_rows_have_any_length(
             f"{pipeline_model_parallel_size}: the activations' shape changes between micro-batches"
         )
     exclude_each_other(("--pack-sequences", True), ("--cuda-graphs", cuda_graphs))
+
+
+@checks.add
+def packed_rows_are_compiled_too_often(pack_sequences: bool, compile: bool) -> None:
+    # The compiler gives up after a few lengths, at others in a run that is resumed.
+    exclude_each_other(("--pack-sequences", pack_sequences), ("--compile", compile))
 
 
 @checks.add
@@ -77,6 +85,51 @@ def recorded_steps_are_alike(
 def eight_bits_are_of_bfloat16(fp8_format: str | None, bf16: bool) -> None:
     if fp8_format is not None and not bf16:
         raise ConfigError(f"--fp8-format {fp8_format} needs --bf16")
+
+
+@checks.add
+def eight_bits_come_by_the_sixteen(
+    fp8_format: str | None,
+    hidden_size: int,
+    num_attention_heads: int,
+    kv_channels: int | None,
+    num_query_groups: int | None,
+    ffn_hidden_size: int | None,
+    swiglu: bool,
+    geglu: bool,
+    tensor_model_parallel_size: int,
+) -> None:
+    if fp8_format is None:
+        return
+    model = ModelConfig(
+        num_layers=1,
+        max_position_embeddings=1,
+        hidden_size=hidden_size,
+        num_attention_heads=num_attention_heads,
+        kv_channels=kv_channels,
+        num_query_groups=num_query_groups,
+        ffn_hidden_size=ffn_hidden_size,
+        swiglu=swiglu,
+        geglu=geglu,
+    )
+    of_queries = num_attention_heads * model.head_size
+    of_keys = model.key_value_heads * model.head_size
+    split = {
+        "queries": of_queries,
+        "keys and values": 2 * of_keys,
+        "queries, keys and values": of_queries + 2 * of_keys,
+        "MLP": model.ffn_size,
+    }
+    sizes = {"--hidden-size": hidden_size} | {
+        f"the width of the {part} on a tensor rank": width // tensor_model_parallel_size
+        for part, width in split.items()
+    }
+    need = f"--fp8-format {fp8_format} needs sizes divisible by {_EIGHT_BIT_MULTIPLE}"
+    problems = [
+        f"{need}: {what} is {size}" for what, size in sizes.items() if size % _EIGHT_BIT_MULTIPLE
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 @checks.add
