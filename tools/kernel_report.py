@@ -8,10 +8,6 @@ the architecture, otherwise by NVRTC and ptxas of the extra `kernels`
 A kernel that keeps something in local memory, for which registers spill or an array is indexed at
 run time, or a file that does not compile makes the exit code 1.
 
-With `--ptx 70` NVRTC compiles each file once, for 7.0, and ptxas assembles that for every
-architecture: in half the time, and exact but for what the newer ones do otherwise, such as rounding
-to bfloat16.
-
 Reports are kept in `build/kernel-report/` under names made of all that they were made from.
 """
 
@@ -28,12 +24,10 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Protocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -102,23 +96,16 @@ class Nvcc:
 
 
 class Nvrtc:
-    """CUDA's run-time compiler and ptxas, from Python packages; for device code alone.
+    """CUDA's run-time compiler and ptxas, from Python packages; for device code alone."""
 
-    Args:
-        front: the architecture whose PTX is assembled for all others; each has its own if None.
-    """
-
-    def __init__(self, directory: Path, front: int | None = None) -> None:
-        self._front = front
-        self._made: dict[Path, bytes] = {}
-        self._locks: dict[Path, Lock] = defaultdict(Lock)
+    def __init__(self, directory: Path) -> None:
         self._ptxas = str(directory / "cuda_nvcc" / "bin" / "ptxas")
         self._headers = [
             directory / "cuda_runtime" / "include",
             directory / "cuda_nvcc" / "include",
         ]
         self._library = ctypes.CDLL(str(next(directory.glob("cuda_nvrtc/lib/libnvrtc.so.*"))))
-        self.version = f"NVRTC {front} " + _output([self._ptxas, "--version"])
+        self.version = "NVRTC " + _output([self._ptxas, "--version"])
 
     def knows(self, architecture: int) -> bool:
         """Whether it compiles for compute capability `architecture` / 10."""
@@ -137,13 +124,13 @@ class Nvrtc:
             return _output([self._ptxas, *options, str(made)])
 
     def ptx(self, source: Path, architecture: int) -> bytes:
-        """The code that is assembled for an architecture; raises CompileError."""
-        if self._front is None:
-            return self._compiled(source, architecture)
-        with self._locks[source]:
-            if source not in self._made:
-                self._made[source] = self._compiled(source, self._front)
-            return self._made[source]
+        """What ptxas assembles, kept as reports are; raises CompileError."""
+        path = KEPT / f"{source.stem}-{architecture}-{_fingerprint(source, self)}.ptx"
+        if path.exists():
+            return path.read_bytes()
+        made = self._compiled(source, architecture)
+        _keep(made, path)
+        return made
 
     def _compiled(self, source: Path, architecture: int) -> bytes:
         options = [
@@ -176,14 +163,9 @@ class Nvrtc:
         assert error == 0, f"nvrtc{function} returned {error}"
 
 
-_packaged = functools.cache(Nvrtc)  # it keeps the PTX that is assembled for several
-
-
-def find_compilers(front: int | None = None) -> list[Compiler]:
-    """The compilers that are here, the preferred one first; with a `front` there is one at most."""
+def find_compilers() -> list[Compiler]:
+    """The compilers that are here, the preferred one first."""
     nvcc, packages = find_nvcc(), _packages()
-    if front is not None:
-        return [] if packages is None else [_packaged(packages, front)]
     found: list[Compiler] = [] if nvcc is None else [Nvcc(nvcc)]
     return found if packages is None else [*found, Nvrtc(packages)]
 
@@ -215,7 +197,7 @@ def kernels_of(source: Path, architecture: int, compiler: Compiler) -> list[Kern
         report = path.read_text()
     else:
         report = compiler.report(source, architecture)
-        _keep(report, path)
+        _keep(report.encode(), path)
     return read_report(report, source.name, architecture)
 
 
@@ -226,11 +208,11 @@ def _fingerprint(source: Path, compiler: Compiler) -> str:
     return digest.hexdigest()[:16]
 
 
-def _keep(report: str, path: Path) -> None:
+def _keep(made: bytes, path: Path) -> None:
     aside = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(report)
+        aside.write_bytes(made)
         aside.replace(path)
     except OSError as error:
         print(f"reports are not kept: {error}", file=sys.stderr)
@@ -318,10 +300,10 @@ def _errors(words: str) -> str:
 
 
 def compile_all(
-    sources: Sequence[Path], architectures: Sequence[int], front: int | None = None
+    sources: Sequence[Path], architectures: Sequence[int]
 ) -> tuple[list[Kernel], list[str]]:
     """All kernels, and a line for each file and architecture that fails; raises ConfigError."""
-    compilers = find_compilers(front)
+    compilers = find_compilers()
     chosen = {architecture: compiler_for(architecture, compilers) for architecture in architectures}
 
     def work(job: tuple[Path, int]) -> list[Kernel] | str:
@@ -334,7 +316,7 @@ def compile_all(
 
     # The longest first, so that no core is left alone with one of them.
     ordered = sorted(sources, key=lambda source: source.stat().st_size, reverse=True)
-    jobs = [(source, architecture) for architecture in architectures for source in ordered]
+    jobs = [(source, architecture) for source in ordered for architecture in architectures]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         results = list(pool.map(work, jobs))
     kernels = [kernel for result in results if isinstance(result, list) for kernel in result]
@@ -368,9 +350,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--arch", nargs="+", type=int, default=ARCHITECTURES, help="70 is compute capability 7.0"
     )
-    parser.add_argument(
-        "--ptx", type=int, metavar="ARCH", help="compile once, for this one, and assemble for all"
-    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was found")
     return parser
 
@@ -381,7 +360,7 @@ def main() -> int:
     for source in options.sources:
         if not source.is_file():
             raise ConfigError(f"{source} is no file")
-    kernels, failures = compile_all(options.sources or cuda_sources(), options.arch, options.ptx)
+    kernels, failures = compile_all(options.sources or cuda_sources(), options.arch)
     if options.json is not None:
         found = {"kernels": [asdict(kernel) for kernel in kernels], "failures": failures}
         options.json.write_text(json.dumps(found, indent=1) + "\n")

@@ -38,8 +38,9 @@ __device__ __forceinline__ double correction(float gain, float steps) {
 }
 
 // One thread, before all others of the step.
-__global__ void count_step(float* steps, const bool* skipped, float lr, float mean_gain,
-                           float square_gain, Scale* scale) {
+__global__ void __launch_bounds__(1)
+    count_step(float* steps, const bool* skipped, float lr, float mean_gain, float square_gain,
+               Scale* scale) {
   if (*skipped) return;
   float taken = *steps + 1.0f;
   *steps = taken;
