@@ -6,6 +6,7 @@ import dataclasses
 import random
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +19,7 @@ from megatron.config import Config
 from megatron.errors import ConfigError
 from megatron.model import residual
 from megatron.mpu import ParallelState, ShardSpec, layers
+from megatron.mpu.products import Products, flatten
 from megatron.training.initialize import rank_grid
 from megatron.validation import validate
 from tests.configs import argv_of, small
@@ -83,10 +85,17 @@ def _with_a_wrong_gradient(config: Config) -> RankRecord:
     """One weight whose gradient lacks a term on one rank."""
     add = layers._weight_gradient
 
-    def halved(weight: torch.Tensor, grads: torch.Tensor, x: torch.Tensor) -> torch.Tensor | None:
-        is_broken = weight.shard_spec.name == BROKEN  # type: ignore[attr-defined]
-        rows = len(grads) // 2 if is_broken else len(grads)
-        return add(weight, grads[:rows], x[:rows])
+    def halved(
+        products: Products,
+        weight: torch.Tensor,
+        grads: torch.Tensor,
+        held: Sequence[torch.Tensor],
+        gathered: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        if weight.shard_spec.name == BROKEN:  # type: ignore[attr-defined]
+            rows = len(grads) // 2
+            grads, held = grads[:rows], [flatten(held[0])[:rows]]
+        return add(products, weight, grads, held, gathered)
 
     with mock.patch.object(layers, "_weight_gradient", halved):
         return _rank(config)
@@ -107,11 +116,11 @@ def _with_a_missing_reduction(config: Config) -> RankRecord:
     reduce = layers.reduce_from_tensor_region
     forward = layers.RowParallelLinear.forward
 
-    def without(layer: layers.RowParallelLinear, x: torch.Tensor) -> torch.Tensor:
+    def without(layer: layers.RowParallelLinear, x: torch.Tensor, **rest: Any) -> torch.Tensor:
         is_broken = layer.weight.shard_spec.name == BROKEN  # type: ignore[attr-defined]
         kept = (lambda y, axis: y) if is_broken else reduce
         with mock.patch.object(layers, "reduce_from_tensor_region", kept):
-            return forward(layer, x)
+            return forward(layer, x, **rest)
 
     with mock.patch.object(layers.RowParallelLinear, "forward", without):
         return _rank(config)
