@@ -66,7 +66,6 @@ namespace emulator {
 
 constexpr int kLanes = 32;
 constexpr size_t kStack = 64 * 1024;
-constexpr int kDivergent = 716;  // as cudaErrorMisalignedAddress: something the kernel did
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulated kernel: %s\n", what);

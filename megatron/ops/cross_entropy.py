@@ -21,6 +21,7 @@ from torch import Tensor
 
 from megatron.ops import kernels
 from megatron.ops.operator import operator
+from megatron.ops.precision import widened
 
 # The maximum of no logits at all; as `csrc/cuda/cross_entropy.cu` has it.
 _LOWEST = -1e38
@@ -43,7 +44,7 @@ def _forward_kernel(
 
 
 def _forward_twin(logits: Tensor, targets: Tensor, start: int, real: int) -> tuple[Tensor, Tensor]:
-    z = _widened(logits[:, :real])
+    z = widened(logits[:, :real])
     maximum = z.amax(1).clamp(min=_LOWEST) if real else z.new_full((z.size(0),), _LOWEST)
     total = (z - maximum[:, None]).exp_().sum(1)
     column, elsewhere = _own(targets, start, real)
@@ -112,7 +113,7 @@ def _gradient(
     real: int,
 ) -> Tensor:
     """[n, real], in at least float32; zeros in rows whose loss has gradient 0."""
-    z = _widened(logits[:, :real])
+    z = widened(logits[:, :real])
     gradient = (z - maxima[:, None]).exp_().mul_((grads / totals)[:, None])
     column, elsewhere = _own(targets, start, real)
     if real:
@@ -131,10 +132,6 @@ def _own(targets: Tensor, start: int, real: int) -> tuple[Tensor, Tensor]:
 def _in_rows(logits: Tensor) -> Tensor:
     """The logits with the columns of a row side by side."""
     return logits if logits.stride(1) == 1 else logits.contiguous()
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 _forward = operator(

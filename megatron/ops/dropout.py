@@ -19,6 +19,7 @@ from megatron.ops.columns import summed
 from megatron.ops.compiled import fusable
 from megatron.ops.operator import differentiable, operator
 from megatron.ops.philox import Draw
+from megatron.ops.precision import widened
 
 
 def dropout(x: Tensor, probability: float) -> Tensor:
@@ -76,11 +77,11 @@ def _forward_twin(
     number: int,
     probability: float,
 ) -> Tensor:
-    wide = _widened(x) if bias is None else _widened(x) + bias
+    wide = widened(x) if bias is None else widened(x) + bias
     wide = _dropped(wide, key, number, probability)
     if residual is None:
         return wide.to(x.dtype, copy=True).contiguous()
-    return (_widened(residual) + wide).to(residual.dtype).contiguous()
+    return (widened(residual) + wide).to(residual.dtype).contiguous()
 
 
 def _backward_kernel(
@@ -121,7 +122,7 @@ def _backward_twin(
     wants_x: bool,
     wants_bias: bool,
 ) -> tuple[Tensor, Tensor]:
-    wide = _dropped(_widened(grad), key, number, probability)
+    wide = _dropped(widened(grad), key, number, probability)
     grad_x, grad_bias = (grad.new_empty(0, dtype=dtype) for _ in range(2))
     if wants_x:
         grad_x = wide.to(dtype, copy=True).contiguous()
@@ -135,10 +136,6 @@ def _dropped(x: Tensor, key: Tensor | None, number: int, probability: float) -> 
         return x
     stays = philox.kept(Draw(key, number), x.shape, probability)
     return torch.where(stays, x * _scale(probability), 0.0)
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 # The number is symbolic where the step is compiled, so that layers share what was made of one.

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron.ops.norm import backward_kernel, backward_twin, forward_kernel, forward_twin, widened
+from megatron.ops.norm import backward_kernel, backward_twin, forward_kernel, forward_twin
 from megatron.ops.operator import differentiable, operator
 from megatron.ops.philox import Draw, kept
+from megatron.ops.precision import widened
 
 
 def norm_after_add(

@@ -27,8 +27,6 @@ from torch import Tensor
 from megatron.errors import ConfigError
 from megatron.ops.build import BuildError, build_cuda, build_emulated
 
-CHOICES = ("auto", "cuda", "torch", "emulated", "apex")
-
 # As `csrc/cuda/dispatch.cuh` counts them.
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 

@@ -18,6 +18,7 @@ from megatron.ops import kernels
 from megatron.ops.activation import ACTIVATIONS
 from megatron.ops.columns import summed
 from megatron.ops.operator import differentiable, operator
+from megatron.ops.precision import widened
 
 # As `csrc/cuda/activation.cu` counts them.
 KINDS = {"gelu": 0, "gelu_tanh": 1, "silu": 2}
@@ -40,7 +41,7 @@ def _forward_kernel(x: Tensor, bias: Tensor | None, kind: str, gated: bool) -> T
 
 
 def _forward_twin(x: Tensor, bias: Tensor | None, kind: str, gated: bool) -> Tensor:
-    wide = _widened(x) if bias is None else _widened(x) + bias
+    wide = widened(x) if bias is None else widened(x) + bias
     if not gated:
         return ACTIVATIONS[kind](wide).to(x.dtype).contiguous()
     gate, linear = wide.chunk(2, dim=-1)
@@ -71,7 +72,7 @@ def _backward_kernel(
 def _backward_twin(
     grad: Tensor, x: Tensor, bias: Tensor | None, kind: str, gated: bool
 ) -> tuple[Tensor, Tensor]:
-    grad, wide = _widened(grad), _widened(x) if bias is None else _widened(x) + bias
+    grad, wide = widened(grad), widened(x) if bias is None else widened(x) + bias
     gate, linear = wide.chunk(2, dim=-1) if gated else (wide, None)
     slope = _SLOPES[kind](gate)
     if linear is None:
@@ -101,10 +102,6 @@ def _silu_slope(x: Tensor) -> Tensor:
 
 
 _SLOPES = {"gelu": _gelu_slope, "gelu_tanh": _gelu_tanh_slope, "silu": _silu_slope}
-
-
-def _widened(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 _forward = operator(

@@ -23,6 +23,7 @@ from megatron.ops.columns import summed
 from megatron.ops.compiled import fusable
 from megatron.ops.operator import differentiable, operator
 from megatron.ops.philox import Draw, kept, threshold
+from megatron.ops.precision import widened
 
 # Blocks that the emulator runs in place of a GPU's multiprocessors.
 _EMULATED_PROCESSORS = 3
@@ -96,11 +97,6 @@ def _apex(kind: str, x: Tensor, *parameters: Tensor | float) -> Tensor:
     *tensors, epsilon = parameters
     y: Tensor = function(x, *tensors, (x.size(-1),), epsilon)
     return y
-
-
-def widened(x: Tensor) -> Tensor:
-    """``x`` in float32, or wider where it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def forward_kernel(

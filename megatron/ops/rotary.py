@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.ops import kernels
+from megatron.ops.compiled import fusable
 from megatron.ops.operator import differentiable, operator
 
 
@@ -37,6 +38,7 @@ def rotation(positions: Tensor, channels: int, base: float, dtype: torch.dtype) 
     return Rotation(angles.cos().to(dtype), angles.sin().to(dtype))
 
 
+@fusable
 def rotate(x: Tensor, by: Rotation) -> Tensor:
     """[s, b, n, d] -> [s, b, n, d] with the first r channels of each head turned."""
     half = by.cos.size(-1)
