@@ -11,7 +11,6 @@
 // and formulas made of one exponential take their place.
 
 #include "dispatch.cuh"
-#include "reduce.cuh"
 
 namespace megatron {
 namespace {

@@ -195,7 +195,7 @@ class ModelConfig:
     )
     attention_backend: str = flag(
         "auto: the fastest of PyTorch's fused attentions that can be used; flash, cudnn, "
-        "efficient: that one alone; unfused: one operation after another, holding all "
+        "efficient: on a GPU that one alone; unfused: one operation after another, holding all "
         "attention weights",
         default="auto",
         choices=("auto", "flash", "cudnn", "efficient", "unfused"),

@@ -29,7 +29,6 @@ _BY_NAME = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
-BACKENDS = ("auto", *_BY_NAME, "unfused")
 
 _HALF = (torch.float16, torch.bfloat16)
 
