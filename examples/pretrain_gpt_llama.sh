@@ -12,38 +12,31 @@
 #     bash examples/pretrain_gpt_llama.sh --train-iters 10000
 #
 # Without GPUs the processes run on the CPU. Flags behind the script's name are added to those here.
-set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
-QUICKSTART=$(realpath -m "$(dirname "$0")/../quickstart")
+QUICKSTART=$(realpath -m "$(dirname "${BASH_SOURCE[0]}")/../quickstart")
 DATA=${DATA:-$QUICKSTART/bert_text_sentence}
-TOKENIZER=${TOKENIZER:---tokenizer-type BertWordPieceLowerCase --vocab-file $QUICKSTART/tokenizer/vocab.txt}
+if [[ -z ${VOCAB:-}${TOKENIZER_MODEL:-}${TOKENIZER:-} ]]; then
+    TOKENIZER="--tokenizer-type BertWordPieceLowerCase"
+    VOCAB=$QUICKSTART/tokenizer/vocab.txt
+fi
 GPUS_PER_NODE=${GPUS_PER_NODE:-1}
 TENSOR_SIZE=${TENSOR_SIZE:-1}
 RUN=${RUN:-runs/gpt_llama}
-PYTHON=${PYTHON:-python3}
 
-SHAPE=(
-    --num-layers 4 --hidden-size 128 --ffn-hidden-size 352
-    --num-attention-heads 8 --num-query-groups 4
-    --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear
-    --untie-embeddings-and-output-weights
-    --hidden-dropout 0 --attention-dropout 0
-)
-TRAINING=(
-    --seq-length 128 --max-position-embeddings 128 --micro-batch-size 2 --global-batch-size 16
-    --train-iters 600 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-fraction 0.05
-    --adam-beta2 0.95 --weight-decay 0.1 --init-method-std 0.05
-    --log-interval 20 --eval-interval 200 --eval-iters 8 --split 90,5,5
-)
 LAYOUT=(--tensor-model-parallel-size "$TENSOR_SIZE")
-if [ "$TENSOR_SIZE" -gt 1 ]; then
+if [[ $TENSOR_SIZE -gt 1 ]]; then
     LAYOUT+=(--sequence-parallel)
 fi
 
-# $TOKENIZER is several flags.
-# shellcheck disable=SC2086
-exec "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS_PER_NODE" \
-    "$(dirname "$0")/../pretrain_gpt.py" "${LAYOUT[@]}" "${SHAPE[@]}" "${TRAINING[@]}" \
-    --data-path "$DATA" $TOKENIZER \
-    --save "$RUN/checkpoints" --load "$RUN/checkpoints" --save-interval 500 \
-    --metrics-file "$RUN/metrics.jsonl" "$@"
+PROGRAM=pretrain_gpt.py launch "${LAYOUT[@]}" \
+    --num-layers 4 --hidden-size 128 --ffn-hidden-size 352 \
+    --num-attention-heads 8 --num-query-groups 4 \
+    --position-embedding-type rope --normalization RMSNorm --swiglu --disable-bias-linear \
+    --untie-embeddings-and-output-weights \
+    --hidden-dropout 0 --attention-dropout 0 \
+    --seq-length 128 --max-position-embeddings 128 --micro-batch-size 2 --global-batch-size 16 \
+    --train-iters 600 --lr 2e-3 --min-lr 2e-4 --lr-decay-style cosine --lr-warmup-fraction 0.05 \
+    --adam-beta2 0.95 --weight-decay 0.1 --init-method-std 0.05 \
+    --save-interval 500 --log-interval 20 --eval-interval 200 --eval-iters 8 --split 90,5,5 \
+    "$@"

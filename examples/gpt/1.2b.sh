@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# GPT-2 1.2B: 40 layers, hidden 1536, 16 heads.
+#
+# source      arXiv 1909.08053, table 1
+# parameters  1.212 billion; published: 1.2 billion, rounded
+# layout      64 GPUs: data 64
+# ours        bf16, distributed optimizer; no recomputation, for GPUs of 80 GB
+#
+#     DATA=text_text_document VOCAB=vocab.json MERGES=merges.txt bash examples/gpt/1.2b.sh
+#     DRY_RUN=1 bash examples/gpt/1.2b.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../common.sh"
+
+PROGRAM=pretrain_gpt.py GPUS=64 VOCAB_SIZE=50257 launch "${GPT2_RECIPE[@]}" \
+    --num-layers 40 --hidden-size 1536 --num-attention-heads 16 \
+    --micro-batch-size 8 \
+    "$@"
