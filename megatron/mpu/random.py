@@ -27,6 +27,10 @@ from megatron.mpu.topology import Coordinates
 from megatron.ops.philox import Draw
 
 
+# The devices whose numbers the host's generator draws; a run that is only planned draws none.
+_BY_HOST = ("cpu", "meta")
+
+
 def stream_seed(*parts: object) -> int:
     """A 63-bit seed that depends on all of ``parts``; equal parts give equal seeds everywhere."""
     text = "/".join(str(part) for part in parts)
@@ -167,18 +171,18 @@ class RandomStreams:
             self._set_state(common)
 
     def _seed_default(self, seed: int) -> None:
-        if self._device.type == "cpu":
+        if self._device.type in _BY_HOST:
             torch.default_generator.manual_seed(seed)
         else:
             torch.get_device_module(self._device).manual_seed(seed)
 
     def _get_state(self) -> torch.Tensor:
-        if self._device.type == "cpu":
+        if self._device.type in _BY_HOST:
             return torch.get_rng_state()
         return torch.get_device_module(self._device).get_rng_state(self._device)
 
     def _set_state(self, state: torch.Tensor) -> None:
-        if self._device.type == "cpu":
+        if self._device.type in _BY_HOST:
             torch.set_rng_state(state)
         else:
             torch.get_device_module(self._device).set_rng_state(state, self._device)

@@ -14,15 +14,20 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
+from megatron.ops.planned import device_type
+
+
+GLOO, PLANNED_GLOO = "gloo", "planned_gloo"
+
 
 def uses_gloo(group: dist.ProcessGroup | None) -> bool:
-    """Whether the ranks of ``group`` communicate by gloo."""
-    return group is not None and dist.get_backend(group) == "gloo"
+    """Whether the ranks of ``group`` communicate by gloo, or would."""
+    return group is not None and dist.get_backend(group) in (GLOO, PLANNED_GLOO)
 
 
 def goes_through_host(tensor: torch.Tensor, group: dist.ProcessGroup | None) -> bool:
     """Whether ``tensor`` cannot be handed to the group's library as it lies."""
-    return tensor.device.type != "cpu" and uses_gloo(group)
+    return device_type(tensor) != "cpu" and uses_gloo(group)
 
 
 def on_host(tensor: torch.Tensor) -> torch.Tensor:

@@ -29,6 +29,7 @@ from megatron.ops.fused_attention import (
     fused_attention,
     takes_documents,
 )
+from megatron.ops.planned import device_type
 from megatron.ops.softmax import scaled_softmax
 
 
@@ -73,8 +74,8 @@ def padding_mask(real: torch.Tensor) -> torch.Tensor | None:
     Returns:
         bool[b, 1, 1, s], or None where it is known at no cost that nothing is padding.
     """
-    # Only the CPU can look without waiting for a device.
-    if real.device.type == "cpu" and bool(real.all()):
+    # Only the CPU can look without waiting for a device. A plan counts on full sequences.
+    if device_type(real) == "cpu" and (real.is_meta or bool(real.all())):
         return None
     return real[:, None, None, :]
 
@@ -166,7 +167,7 @@ class AttentionCore:
         fused = (
             self.backend != "unfused"
             and not mask.hides_all
-            and not (self.dropout > 0.0 and query.device.type == "cpu")
+            and not (self.dropout > 0.0 and device_type(query) == "cpu")
         )
         if not fused:
             return self._unfused(query, key, value, mask)[0]

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron.ops.matmul import add_product
+from megatron.ops.planned import device_type
 
 FEW = 64  # rows of a table: types of tokens, ranges of distances
 PIECE = 32
@@ -24,7 +25,7 @@ PIECE = 32
 
 def add_rows(total: Tensor, ids: Tensor, rows: Tensor) -> None:
     """Add ``rows`` [n, h] to the rows ``ids`` i64[n] of ``total`` [v, h], which may be wider."""
-    if total.device.type == "cpu":
+    if device_type(total) == "cpu":
         total.index_add_(0, ids, rows.to(total.dtype))
     elif total.size(0) <= FEW:
         add_by_product(total, ids, rows)

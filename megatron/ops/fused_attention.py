@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron.ops.planned import device_type
+
 _BY_NAME = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -56,6 +58,8 @@ def fused_attention(
     Raises:
         RuntimeError: the backend cannot compute this.
     """
+    if query.is_meta:
+        return _planned(query, key, value, mask, dropout, causal, scale)
     order = (
         nullcontext()
         if query.device.type != "cuda"
@@ -99,6 +103,46 @@ def _order(backend: str, masked: bool, prefers_cudnn: bool) -> list[SDPBackend]:
         return [efficient, cudnn, SDPBackend.MATH]
     first = [cudnn, flash, efficient] if prefers_cudnn else [flash, efficient, cudnn]
     return [*first, SDPBackend.MATH]
+
+
+def _planned(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    dropout: float,
+    causal: bool,
+    scale: float | None,
+) -> Tensor:
+    """The operator that a device planned for would be asked for; PyTorch itself takes another.
+
+    The GPU's implementations hold the same for the backward pass. Two operators stand for them.
+    """
+    if mask is not None:
+        mask = mask.to(query.dtype) if mask.dtype == torch.bool else mask
+    on_cpu = device_type(query) == "cpu"
+    by_flash = mask is None and query.dtype in _HALF and not on_cpu
+    if key.size(1) != query.size(1) and not by_flash:
+        shared = query.size(1) // key.size(1)
+        key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
+    aten = torch.ops.aten
+    if on_cpu:
+        found = aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, dropout, causal, attn_mask=mask, scale=scale
+        )
+    elif by_flash:
+        found = aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout, causal, False, scale=scale
+        )
+    else:
+        if mask is not None:
+            mask = mask.expand(*query.shape[:3], key.size(2))
+        found = aten._scaled_dot_product_efficient_attention(
+            query, key, value, mask, True, dropout, causal, scale=scale
+        )
+    context = found[0]
+    assert isinstance(context, Tensor)
+    return context
 
 
 @cache

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from megatron.errors import ConfigError
 from megatron.ops.build import BuildError, build_cuda, build_emulated
+from megatron.ops.planned import device_type
 
 # As `csrc/cuda/dispatch.cuh` counts them.
 FORMATS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -94,8 +95,11 @@ def using(choice: str, device: torch.device | str = "cpu") -> Iterator[None]:
 
 
 def active(tensor: Tensor) -> bool:
-    """Whether a kernel takes this tensor."""
+    """Whether a kernel takes this tensor, or will in the run that is planned with it."""
     device = tensor.device.type
+    if device == "meta":
+        on_gpu = device_type(tensor) == "cuda" and _selected.choice in ("auto", "cuda")
+        return on_gpu and tensor.dtype in FORMATS
     if device == "cpu" and _selected.choice != "emulated":
         return False
     return (

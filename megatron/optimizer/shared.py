@@ -7,7 +7,7 @@ owner does not know that there are copies, until the ranks that may hold some ha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from megatron.mpu.collectives import all_reduce
 from megatron.mpu.parallel_state import Axis, ParallelState
 from megatron.optimizer.flat_buffer import shard_spec
 
+Names = tuple[set[str], set[str]]
+
 
 def find_shared(parameters: Sequence[nn.Parameter], state: ParallelState) -> dict[str, Axis]:
     """The names of the tensors that several stages hold, with the ranks to add them up over.
@@ -25,19 +27,24 @@ def find_shared(parameters: Sequence[nn.Parameter], state: ParallelState) -> dic
     The order of the names is the same on all members. Larger groups come first, because what all
     stages hold is also held by the first and the last. A collective of each group.
     """
-    held = {shard_spec(parameter).key for parameter in parameters}
-    copies = {shard_spec(p).key for p in parameters if shard_spec(p).tied_to is not None}
+    own = names(parameters)
     shared: dict[str, Axis] = {}
     for axis in (state.pipeline, state.embedding, state.position_embedding):
         if axis is None or axis.size == 1:
             continue
-        told: list[tuple[set[str], set[str]]] = [(set(), set())] * axis.size
-        dist.all_gather_object(told, (held, copies), group=axis.group)
-        held_by_all = set.intersection(*(names for names, _ in told))
-        copied_by_any = set.union(*(names for _, names in told))
+        told: list[Names] = [(set(), set())] * axis.size
+        dist.all_gather_object(told, own, group=axis.group)
+        held_by_all = set.intersection(*(held for held, _ in told))
+        copied_by_any = set.union(*(copies for _, copies in told))
         for key in sorted((held_by_all & copied_by_any) - shared.keys()):
             shared[key] = axis
     return shared
+
+
+def names(parameters: Iterable[nn.Parameter]) -> Names:
+    """What a rank tells the others: the tensors that it holds, and those of them that are copies."""
+    specs = [shard_spec(parameter) for parameter in parameters]
+    return {spec.key for spec in specs}, {spec.key for spec in specs if spec.tied_to is not None}
 
 
 def sum_together(tensors: Sequence[Tensor], axis: Axis) -> None:

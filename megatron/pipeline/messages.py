@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -84,15 +84,33 @@ def compile_steps(schedule: Schedule, rank: int) -> tuple[Step, ...]:
     Raises:
         ValueError: a receiver takes the messages of an edge in another order than they are sent.
     """
+    return compile_ranks(schedule, (rank,))[0]
+
+
+def compile_ranks(schedule: Schedule, ranks: Iterable[int]) -> list[tuple[Step, ...]]:
+    """The steps of several ranks at once, as :func:`compile_steps` gives those of one."""
     check_order(schedule)
+    ranks = tuple(ranks)
+    outputs = {
+        rank: [output_message(schedule, action) for action in schedule.ranks[rank]]
+        for rank in ranks
+    }
+    delivered = _deliveries(schedule, outputs)
+    return [_steps(schedule, rank, outputs[rank], delivered[rank]) for rank in ranks]
+
+
+def _steps(
+    schedule: Schedule,
+    rank: int,
+    outputs: list[Message | None],
+    delivered: dict[int, list[Message]],
+) -> tuple[Step, ...]:
     table = schedule.ranks[rank]
     inputs = [input_message(schedule, action) for action in table]
-    outputs = [output_message(schedule, action) for action in table]
     posts: dict[int, list[Message]] = defaultdict(list)
     for index, message in enumerate(inputs):
         if message is not None and not message.is_local:
             posts[max(0, index - ACTIONS_AHEAD)].append(message)
-    delivered = _deliveries(schedule, rank, outputs)
     return tuple(
         Step(action, tuple(posts[i]), inputs[i], tuple(delivered[i]), outputs[i])
         for i, action in enumerate(table)
@@ -153,24 +171,32 @@ def _message(schedule: Schedule, producer: Action, consumer: Action) -> Message:
 
 
 def _deliveries(
-    schedule: Schedule, rank: int, outputs: list[Message | None]
-) -> dict[int, list[Message]]:
-    """For each action of `rank` by index: the messages that are let go when it begins.
+    schedule: Schedule, outputs: Mapping[int, list[Message | None]]
+) -> dict[int, dict[int, list[Message]]]:
+    """For each rank and each of its actions by index: the messages let go when it begins.
 
-    Those that no action knows to have arrived stand past the last index, or nowhere.
+    `outputs` are the messages of the ranks in question, action by action. Those that no action
+    knows to have arrived stand past the last index, or nowhere.
     """
     place = {action: i for table in schedule.ranks for i, action in enumerate(table)}
-    delivered: dict[int, list[Message]] = defaultdict(list)
-    away = _over_the_wire(outputs)
+    delivered: dict[int, dict[int, list[Message]]] = {r: defaultdict(list) for r in outputs}
+    away = {rank: _over_the_wire(messages) for rank, messages in outputs.items()}
     if all(action.kind is Kind.FORWARD for action in schedule.actions):
-        for message, next_producer in _waits(away, _open_sends(schedule)):
-            delivered[place[next_producer]].append(message)
+        limit = _open_sends(schedule)
+        for rank, messages in away.items():
+            for message, next_producer in _waits(messages, limit):
+                delivered[rank][place[next_producer]].append(message)
         return delivered
-    begun = _begun_before(schedule, rank, {message.edge.target for message in away})
-    for message in away:
-        begun_there = begun[message.edge.target]
-        later = place[message.producer] + 1
-        delivered[bisect_right(begun_there, place[message.consumer], later)].append(message)
+    targets = {
+        rank: {message.edge.target for message in messages} for rank, messages in away.items()
+    }
+    begun = _begun_before(schedule, targets)
+    for rank, messages in away.items():
+        for message in messages:
+            begun_there = begun[rank][message.edge.target]
+            later = place[message.producer] + 1
+            at = bisect_right(begun_there, place[message.consumer], later)
+            delivered[rank][at].append(message)
     return delivered
 
 
@@ -214,20 +240,30 @@ def _prove_order(schedule: Schedule, awaited: dict[Action, Action]) -> None:
     deque(in_dependency_order(schedule, inputs), maxlen=0)
 
 
-def _begun_before(schedule: Schedule, rank: int, peers: set[int]) -> dict[int, list[int]]:
-    """For each peer, and each action of `rank`: how many of the peer's actions have begun by then.
+def _begun_before(
+    schedule: Schedule, targets: Mapping[int, set[int]]
+) -> dict[int, dict[int, list[int]]]:
+    """For each rank, its targets and its actions: how many of the target's have begun by then.
 
     Counted are those that have begun for certain. An action knows what the actions that made its
     inputs knew, and what the one before it on its rank knew, so the figures never fall.
     """
-    known = {peer: [0] * schedule.num_ranks for peer in peers}
-    at: dict[int, dict[Action, int]] = {peer: {} for peer in peers}
-    begun: dict[int, list[int]] = {peer: [] for peer in peers}
+    peers = sorted(set().union(*targets.values()))
+    column = {peer: i for i, peer in enumerate(peers)}
+    # A row of figures, one for each peer: what a rank's last action knows, and what each knew.
+    known = [(0,) * len(peers)] * schedule.num_ranks
+    at: dict[Action, tuple[int, ...]] = {}
+    begun: dict[int, dict[int, list[int]]] = {
+        rank: {target: [] for target in own} for rank, own in targets.items()
+    }
     for holder, action in in_dependency_order(schedule) if peers else ():
-        inputs = schedule.inputs(action)
-        for peer in peers:
-            count = max(known[peer][holder], *(at[peer][i] for i in inputs), 0)
-            if holder == rank:
-                begun[peer].append(count)
-            known[peer][holder] = at[peer][action] = count + (holder == peer)
+        row = known[holder]
+        for needed in schedule.inputs(action):
+            row = tuple(map(max, row, at[needed]))
+        for target, counts in begun.get(holder, {}).items():
+            counts.append(row[column[target]])
+        if holder in column:
+            own = column[holder]
+            row = (*row[:own], row[own] + 1, *row[own + 1 :])
+        known[holder] = at[action] = row
     return begun

@@ -113,6 +113,9 @@ class PipelineRuntime:
         forward_step: how a chunk is applied to a batch.
         activation: what a stage sends to the next one; its gradient comes back in the same shape.
 
+    Attributes:
+        on_action: called before each action of a step, and with None behind the last.
+
     Raises:
         ValueError: the schedule is wrong or does not fit the pipeline or the chunks.
         PipelineError: a neighbour is gone, or did not come within the groups' timeout.
@@ -130,6 +133,7 @@ class PipelineRuntime:
         self._state = state
         self._forward_step = forward_step
         self._durations: Durations | None = None
+        self.on_action: Callable[[Action | None], None] | None = None
         schedule = plan(1)
         self._check(schedule)
         self._placement = schedule.placement
@@ -190,7 +194,11 @@ class PipelineRuntime:
                 action = step.action
                 if on_last_backward and action == program.last_backward.get(action.stage):
                     on_last_backward(self._stages.index(action.stage))
+                if self.on_action:
+                    self.on_action(action)
                 self._take(step, work)
+        if self.on_action:
+            self.on_action(None)
         self._exchange.end_step()
         return [work.parts[i] for i in sorted(work.parts)]
 

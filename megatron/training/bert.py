@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron.config import Config
-from megatron.data import build_bert_datasets
+from megatron.data import build_bert_datasets, max_predictions
 from megatron.model import bert_loss_sums, build_bert
 from megatron.model.packing import GRID, pack
 from megatron.mpu import ParallelState, Stage
@@ -46,6 +46,24 @@ class BertPretraining(Pretraining):
     def build_model(self, config: Config, state: ParallelState, stage: Stage) -> StageModel:
         """The part of BERT that a stage holds."""
         return build_bert(config, state, stage)
+
+    def blank_batch(self, config: Config, device: torch.device) -> Batch:
+        """Sentence pairs [b, s] of which k positions are masked."""
+        b, s, data = config.train.micro_batch_size, config.data.seq_length, config.data
+        k = most_masked(s, data.mask_prob)
+
+        def numbers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return {
+            "input_ids": numbers(b, s),
+            "tokentype_ids": numbers(b, s),
+            "attention_mask": numbers(b, s, dtype=torch.bool),
+            "masked_positions": numbers(b, k),
+            "masked_labels": numbers(b, k),
+            "masked_weights": numbers(b, k, dtype=torch.float32),
+            "is_random": numbers(b),
+        }
 
     def denominators(self, batch: Batch) -> Tensor:
         """Masked tokens and, with a binary head, sentence pairs: float64 [parts]."""

@@ -33,6 +33,17 @@ class GPTPretraining(Pretraining):
         """The part of GPT that a stage holds."""
         return build_gpt(config, state, stage)
 
+    def blank_batch(self, config: Config, device: torch.device) -> Batch:
+        """Tokens [b, s + 1] and what they count [b, s]."""
+        b, s = config.train.micro_batch_size, config.data.seq_length
+        batch = {
+            "tokens": torch.zeros(b, s + 1, dtype=torch.int64, device=device),
+            "loss_weights": torch.zeros(b, s, device=device),
+        }
+        if config.data.reset_position_ids:
+            batch["position_ids"] = torch.zeros(b, s, dtype=torch.int64, device=device)
+        return batch
+
     def denominators(self, batch: Batch) -> Tensor:
         """The tokens that count: float64 [1]."""
         return batch["loss_weights"].sum(dtype=torch.float64)[None]

@@ -54,7 +54,8 @@ class Sender:
 
     def __init__(self, task: Task, device: torch.device) -> None:
         self._task, self._device = task, device
-        self.runs_ahead = device.type != "cpu"
+        # On meta, where a run is only planned, nothing moves.
+        self.runs_ahead = device.type not in ("cpu", "meta")
         self._stream = torch.Stream(device) if self.runs_ahead else None
 
     def send(self, batches: Sequence[Batch]) -> Sent:

@@ -49,6 +49,22 @@ class T5Pretraining(Pretraining):
         length = data.seq_length + (data.decoder_length if stage.has_decoder else 0)
         return hidden_states(config, state, length)
 
+    def blank_batch(self, config: Config, device: torch.device) -> Batch:
+        """Texts [b, s] and their spans [b, sd]."""
+        b, s = config.train.micro_batch_size, config.data.seq_length
+        d = config.data.decoder_length
+
+        def numbers(length: int, dtype: torch.dtype = torch.int64) -> Tensor:
+            return torch.zeros(b, length, dtype=dtype, device=device)
+
+        return {
+            "encoder_ids": numbers(s),
+            "decoder_ids": numbers(d),
+            "labels": numbers(d),
+            "loss_weights": numbers(d, torch.float32),
+            "encoder_mask": numbers(s, torch.bool),
+        }
+
     def denominators(self, batch: Batch) -> Tensor:
         """The target's tokens that count: float64 [1]."""
         return batch["loss_weights"].sum(dtype=torch.float64)[None]

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from megatron.config import Config
@@ -64,6 +65,12 @@ class Task(Protocol):
         self, config: Config, counts: SampleCounts, say: Callable[[str], None]
     ) -> Datasets:
         """The samples of a run; every rank calls it, `say` takes a line about each split."""
+
+    def blank_batch(self, config: Config, device: torch.device) -> Batch:
+        """A micro-batch of the shapes and types of a run's, for planning; its values say nothing.
+
+        Whatever its documents may spare is counted in: each sequence is one, and full.
+        """
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """The stages of the whole model, virtual ones included; raises ConfigError."""

@@ -77,7 +77,7 @@ class Trainer:
     """The state of a run on one rank, and its steps.
 
     Every rank must make one: the word embedding is equalised over the stages. `iteration` and
-    `samples` say how far the run has come.
+    `samples` say how far the run has come; `runtime` executes the schedule.
 
     Args:
         record: how --cuda-graphs records a micro-batch; by default as a graph of the GPU.
@@ -105,7 +105,7 @@ class Trainer:
         self.fp8_scaling = Fp8Scaling(self.chunks, state)
         self.optimizer = build_optimizer(config, self.chunks, state)
         self.learning_rates = build_schedule(config, self.ramp.full)
-        self._runtime = PipelineRuntime(
+        self.runtime = PipelineRuntime(
             self.chunks,
             self._plan,
             state,
@@ -173,7 +173,7 @@ class Trainer:
         for chunk in self.chunks:
             chunk.train()
         gradients, section = self.optimizer.gradients, self.timers.section
-        with section("forward-backward"), self._plan.observe(self._runtime):
+        with section("forward-backward"), self._plan.observe(self.runtime):
             batches, denominators = sent.take()
             self._totals.copy_(all_reduce(denominators, self.state.data).clamp(min=1))
             gradients.zero()
@@ -199,7 +199,7 @@ class Trainer:
     def _run(self, batches: Sequence[Batch]) -> Sequence[Parts]:
         """The parts of the loss of each micro-batch, whose gradients are added up."""
         if self._graphs is None:
-            return self._runtime.run(
+            return self.runtime.run(
                 batches,
                 on_last_backward=self.optimizer.gradients.on_last_backward,
                 loss_scale=self.optimizer.loss_scale,
@@ -222,7 +222,7 @@ class Trainer:
         waiting = iter(batches)
         while taken := list(islice(waiting, self.num_micro_batches(self.ramp.full))):
             on_device, denominators = self._sender.send(taken).take()
-            sums += self._sum(self._runtime.run(on_device, forward_only=True))
+            sums += self._sum(self.runtime.run(on_device, forward_only=True))
             counts += all_reduce(denominators, self.state.data)
         means = (self.over_ranks(sums) / counts).tolist()
         return dict(zip(self.task.loss_parts, means, strict=True))
@@ -230,7 +230,7 @@ class Trainer:
     def finish(self) -> None:
         """Waits for what is still under way to other ranks, before the process groups are left."""
         self.optimizer.finish_gather()
-        self._runtime.finish()
+        self.runtime.finish()
 
     def over_ranks(self, shares: Tensor) -> Tensor:
         """Adds up, in place and for all ranks, what the last stages of all replicas know."""
