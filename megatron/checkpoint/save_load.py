@@ -150,7 +150,41 @@ def load_checkpoint(
         CheckpointError: it is missing, damaged, or of another model; a line for each problem.
     """
     train = config.train
-    with_optimizer = not (train.finetune or train.no_load_optim)
+    checkpoint, wanted, sources = _match(directory, tensors, config, state, optional)
+    _together(lambda: _load(checkpoint.stored, wanted, sources), state)
+    if train.finetune:
+        return {}
+    if not train.no_load_rng:
+        _together(lambda: _restore_random(checkpoint.stored, state), state)
+    return checkpoint.run_state
+
+
+def check_checkpoint(
+    directory: Path,
+    tensors: Iterable[NamedTensor],
+    *,
+    config: Config,
+    state: ParallelState,
+    optional: Collection[str] = (),
+) -> dict[str, Any]:
+    """As `load_checkpoint` before it reads a tensor; those given may be on the meta device.
+
+    Raises:
+        CheckpointError: as `load_checkpoint`, but for damage within the data of tensors.
+    """
+    checkpoint, _, _ = _match(directory, tensors, config, state, optional)
+    return {} if config.train.finetune else checkpoint.run_state
+
+
+def _match(
+    directory: Path,
+    tensors: Iterable[NamedTensor],
+    config: Config,
+    state: ParallelState,
+    optional: Collection[str],
+) -> tuple[Checkpoint, dict[str, GlobalTensor], dict[str, str]]:
+    """The latest checkpoint, what is wanted of it, and the name each of that is stored under."""
+    with_optimizer = not (config.train.finetune or config.train.no_load_optim)
     wanted = _global_tensors(tensors, state, with_optimizer=with_optimizer)
     checkpoint = _together(lambda: Checkpoint.open(directory), state)
     shapes_there = checkpoint.stored.shapes
@@ -162,12 +196,7 @@ def load_checkpoint(
     sources = _sources(wanted, checkpoint.stored)
     shapes = {sources[key]: tuple(tensor.shape) for key, tensor in wanted.items()}
     _together(lambda: _check(checkpoint, shapes, weights, config), state)
-    _together(lambda: _load(checkpoint.stored, wanted, sources), state)
-    if train.finetune:
-        return {}
-    if not train.no_load_rng:
-        _together(lambda: _restore_random(checkpoint.stored, state), state)
-    return checkpoint.run_state
+    return checkpoint, wanted, sources
 
 
 def _global_tensors(

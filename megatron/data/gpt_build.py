@@ -5,7 +5,7 @@ from collections.abc import Callable
 import numpy as np
 
 from megatron.config import Config
-from megatron.data.build import Made, Part, Splits, build_splits
+from megatron.data.build import Made, Part, Remark, Splits, build_splits
 from megatron.data.gpt_dataset import DocumentEnds, GPTDataset
 from megatron.data.indexed_dataset import IndexedDataset
 from megatron.data.sample_map import build_token_map
@@ -26,10 +26,7 @@ def build_gpt_datasets(
 
     Raises ConfigError where a flag is about a token that the tokenizer does not have.
     """
-    builder = _Builder(config, _document_ends(config, tokenizer))
-    return build_splits(
-        config, samples, builder.make, vocab_size=tokenizer.vocab_size, report=report
-    )
+    return build_splits(config, samples, GPTMaker(config, tokenizer), report=report)
 
 
 def _flags(config: Config) -> str:
@@ -56,20 +53,43 @@ def _document_ends(config: Config, tokenizer: Tokenizer) -> DocumentEnds | None:
     )
 
 
-class _Builder:
-    """Makes the samples of a part of an indexed dataset."""
+class GPTRule:
+    """See `megatron.data.build.Rule`; without a tokenizer, ends of documents are not looked at."""
 
-    def __init__(self, config: Config, ends: DocumentEnds | None) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer | None = None) -> None:
         self._config = config
-        self._ends = ends
+        self._ends = None if tokenizer is None else _document_ends(config, tokenizer)
+
+    def lacks(self, part: Part) -> str | None:
+        """A sample takes one token more than the sequence has."""
+        seq_length = self._config.data.seq_length
+        tokens = part.dataset.count_tokens(part.documents, enough=seq_length + 1)
+        if tokens > seq_length:
+            return None
+        return f": {tokens} tokens, --seq-length {seq_length} needs {seq_length + 1}"
+
+    def remark(self, part: Part) -> Remark:
+        """What is said where flags about the ends of documents find none."""
+        if self._ends is None or _has_ends(part.dataset, part.documents, self._ends.eod):
+            return Remark()
+        return Remark(
+            text=f"; documents do not end with token {self._ends.eod}, so that "
+            f"{_flags(self._config)} has no effect (made with --append-eod?)",
+            share=1.0,
+        )
+
+
+class GPTMaker(GPTRule):
+    """See `megatron.data.build.Maker`."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        super().__init__(config, tokenizer)
+        self.vocab_size = tokenizer.vocab_size
 
     def make(self, part: Part, samples: int) -> Made:
         """So many samples of a part."""
         seq_length = self._config.data.seq_length
-        tokens = int(part.dataset.document_lengths(part.documents).sum())
-        if tokens <= seq_length:
-            needed = f"--seq-length {seq_length} needs {seq_length + 1}"
-            return Made(samples=None, per_epoch=0, remark=f": {tokens} tokens, {needed}")
+        tokens = part.dataset.count_tokens(part.documents)
         sample_map, order = build_token_map(
             part.dataset,
             part.documents,
@@ -87,17 +107,7 @@ class _Builder:
             seq_length=seq_length,
             ends=self._ends,
         )
-        remark = self._describe_ends(part)
-        return Made(samples=dataset, per_epoch=tokens / seq_length, remark=remark)
-
-    def _describe_ends(self, part: Part) -> str:
-        """What is said where flags about the ends of documents find none; else ""."""
-        if self._ends is None or _has_ends(part.dataset, part.documents, self._ends.eod):
-            return ""
-        return (
-            f"; documents do not end with token {self._ends.eod}, so that {_flags(self._config)} "
-            "has no effect (made with --append-eod?)"
-        )
+        return Made(samples=dataset, per_epoch=tokens / seq_length)
 
 
 def _has_ends(dataset: IndexedDataset, documents: range, eod: int) -> bool:

@@ -37,6 +37,7 @@ HEADER = struct.Struct("<9sQBQQ")
 CODE_OF_DTYPE = {"u1": 1, "i1": 2, "i2": 3, "i4": 4, "i8": 5, "f8": 6, "f4": 7, "u2": 8}
 DTYPE_OF_CODE = {code: np.dtype(f"<{name}") for name, code in CODE_OF_DTYPE.items()}
 CHUNK_BYTES = 1 << 26
+PIECE = 1 << 20  # entries of an index, or tokens, that are looked at together
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -54,16 +55,29 @@ def idx_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
+def pieces(length: int, most: int | None = None) -> Iterator[range]:
+    """The places from 0 to `length` in stretches; of more than `most`, some spread over all.
+
+    The first and the last stretch are always among them.
+    """
+    last = -(-length // PIECE) - 1
+    count = last + 1 if most is None else min(last + 1, max(2, most // PIECE))
+    for number in sorted({round(place) for place in np.linspace(0, last, count)}):
+        yield range(number * PIECE, min(length, (number + 1) * PIECE))
+
+
 class IndexedDataset:
     """Reads the dataset PREFIX.idx and PREFIX.bin; sequence i is an array of its tokens.
 
     sizes: i32 [sequences], tokens of each; documents: i64 [documents + 1], where each document's
     sequences begin; pointers: i64 [sequences], bytes. Raises DataError where a file is missing,
     truncated or otherwise damaged, naming the file, the offset, what was found and expected.
+    most: about how many sequences and documents are held against the files' sizes, all by default.
     """
 
-    def __init__(self, prefix: str | Path) -> None:
+    def __init__(self, prefix: str | Path, *, most: int | None = None) -> None:
         self.prefix = str(prefix)
+        self._most = most
         self._read_index(idx_path(prefix))
         self._open_tokens(bin_path(prefix))
 
@@ -93,6 +107,17 @@ class IndexedDataset:
         sizes = self.sizes[bounds[0] : bounds[-1]]
         ends = np.append(0, np.cumsum(sizes, dtype=np.int64))
         return np.diff(ends[bounds - bounds[0]])
+
+    def count_tokens(self, documents: range, *, enough: int | None = None) -> int:
+        """Tokens of some documents together; the count may end where it has reached `enough`."""
+        first, end = self.documents[documents.start], self.documents[documents.stop]
+        tokens = 0
+        for piece in pieces(int(end - first)):
+            if enough is not None and tokens >= enough:
+                break
+            sizes = self.sizes[first + piece.start : first + piece.stop]
+            tokens += int(sizes.sum(dtype=np.int64))
+        return tokens
 
     def read_document(self, document: int, offset: int, most: int) -> npt.NDArray[Any]:
         """Tokens of a document from `offset` on, at most so many; fewer where it ends before."""
@@ -143,13 +168,15 @@ class IndexedDataset:
         if len(self.documents) == 0 or self.documents[0] != 0:
             found = self.documents[0] if len(self.documents) else "nothing"
             raise DataError(f"{path}: offset {at} holds {found}, expected document boundary 0")
-        falling = np.flatnonzero(np.diff(self.documents) < 0)
-        if len(falling):
-            i = int(falling[0]) + 1
-            raise DataError(
-                f"{path}: offset {at + 8 * i} holds document boundary {self.documents[i]}, "
-                f"expected at least {self.documents[i - 1]}"
-            )
+        for piece in pieces(len(self.documents), self._most):
+            bounds = self.documents[piece.start : piece.stop + 1]
+            falling = np.flatnonzero(bounds[1:] < bounds[:-1])
+            if len(falling):
+                i = piece.start + int(falling[0]) + 1
+                raise DataError(
+                    f"{path}: offset {at + 8 * i} holds document boundary {self.documents[i]}, "
+                    f"expected at least {self.documents[i - 1]}"
+                )
         if self.documents[-1] != len(self):
             raise DataError(
                 f"{path}: offset {at + 8 * (len(self.documents) - 1)} holds the last document "
@@ -160,22 +187,33 @@ class IndexedDataset:
         self._bin = _map_file(path)
         if self.dtype == np.dtype("<f4") and len(self._bin) == 8 * self.sizes.sum(dtype=np.int64):
             self.dtype = np.dtype("<f8")  # what old files mean by this code
-        ends = self.pointers + self.sizes.astype(np.int64) * self.dtype.itemsize
-        # The second also finds negative sizes, and sums beyond what an i64 holds.
-        outside = (self.pointers < 0) | (ends < self.pointers) | (ends > len(self._bin))
-        wrong = np.flatnonzero(outside | (self.pointers % self.dtype.itemsize != 0))
-        if len(wrong):
-            i = int(wrong[0])
+        end = max((self._end_of(piece) for piece in pieces(len(self), self._most)), default=0)
+        is_whole = len(list(pieces(len(self), self._most))) == len(list(pieces(len(self))))
+        if len(self._bin) != end and is_whole:
             raise DataError(
-                f"{idx_path(self.prefix)}: offset {HEADER.size + 4 * len(self) + 8 * i} places "
-                f"sequence {i} at bytes {self.pointers[i]} to {ends[i]}, expected whole "
-                f"tokens within the {len(self._bin)} bytes of {path}"
-            )
-        if len(self._bin) != ends.max(initial=0):
-            raise DataError(
-                f"{path}: {len(self._bin)} bytes, expected {ends.max(initial=0)} by its .idx; the "
+                f"{path}: {len(self._bin)} bytes, expected {end} by its .idx; the "
                 "two are not of the same dataset"
             )
+
+    def _end_of(self, piece: range) -> int:
+        """The byte behind the last token of some sequences, whose places are checked."""
+        within = slice(piece.start, piece.stop)
+        pointers = self.pointers[within]
+        ends = pointers + self.sizes[within].astype(np.int64) * self.dtype.itemsize
+        # The second also finds negative sizes, and sums beyond what an i64 holds.
+        outside = (pointers < 0) | (ends < pointers) | (ends > len(self._bin))
+        wrong = np.flatnonzero(outside | (pointers % self.dtype.itemsize != 0))
+        if len(wrong):
+            i = int(wrong[0])
+            place = HEADER.size + 4 * len(self) + 8 * (piece.start + i)
+            all_bytes = self.sizes.sum(dtype=np.int64) * self.dtype.itemsize
+            raise DataError(
+                f"{idx_path(self.prefix)}: offset {place} places "
+                f"sequence {piece.start + i} at bytes {pointers[i]} to {ends[i]}, expected whole "
+                f"tokens within the {len(self._bin)} bytes of {bin_path(self.prefix)}; "
+                f"all its sequences have {all_bytes}"
+            )
+        return int(ends.max(initial=0))
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from megatron.data.files import built_once
 from megatron.data.index_builder import document_order, sentence_samples, token_samples
-from megatron.data.indexed_dataset import IndexedDataset
+from megatron.data.indexed_dataset import IndexedDataset, pieces
 from megatron.errors import DataError
 
 FORMAT = 1  # to be raised when the same parameters come to mean other samples
@@ -80,6 +80,15 @@ def open_block(path: Path, columns: int) -> npt.NDArray[np.int64]:
     if block.dtype != np.int64 or block.ndim != 2 or block.shape[1] != columns:
         raise DataError(f"{path}: damaged, delete it to have it made anew")
     return np.asarray(block)
+
+
+def holds_sentences(dataset: IndexedDataset, documents: range, least: int) -> bool:
+    """Whether one of some documents holds so many sentences, that is, one sample or more."""
+    bounds = dataset.documents[documents.start : documents.stop + 1]
+    return any(
+        bool((np.diff(bounds[piece.start : piece.stop + 1]) >= least).any())
+        for piece in pieces(len(documents))
+    )
 
 
 def build_sentence_map(

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import numpy as np
 
 from megatron.config import Config
-from megatron.data.build import Made, Part, Splits, build_splits
-from megatron.data.sample_map import build_sentence_map
+from megatron.data.build import Made, Part, Remark, Splits, build_splits
+from megatron.data.sample_map import build_sentence_map, holds_sentences
 from megatron.data.spans import SpanCorruption
 from megatron.data.t5_dataset import T5Dataset
 from megatron.errors import ConfigError
@@ -24,19 +24,15 @@ def build_t5_datasets(
 
     Raises ConfigError where --vocab-extra-ids gives the tokenizer too few sentinels.
     """
-    builder = _Builder(config, tokenizer)
-    # Of text alone: a sentinel in the corpus could not be told from one that marks a span.
-    words = tokenizer.vocab_size - len(tokenizer.sentinels)
-    return build_splits(config, samples, builder.make, vocab_size=words, report=report)
+    return build_splits(config, samples, T5Maker(config, tokenizer), report=report)
 
 
-class _Builder:
-    """Makes the samples of a part of an indexed dataset."""
+class T5Rule:
+    """See `megatron.data.build.Rule`; `sentinels` of them are in the vocabulary."""
 
-    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+    def __init__(self, config: Config, sentinels: int) -> None:
         data = config.data
         self._config = config
-        self._tokenizer = tokenizer
         self._corruption = SpanCorruption(
             mask_prob=data.mask_prob,
             mean_span_length=data.mean_span_length,
@@ -45,12 +41,40 @@ class _Builder:
         )
         self._max_tokens = self._corruption.longest_text
         needed = self._corruption.sentinels_needed
-        if len(tokenizer.sentinels) < needed:
+        if sentinels < needed:
             raise ConfigError(
-                f"--vocab-extra-ids {len(tokenizer.sentinels)}: T5 needs at least {needed} for "
+                f"--vocab-extra-ids {sentinels}: T5 needs at least {needed} for "
                 f"--seq-length {data.seq_length}, --mask-prob {data.mask_prob:g} and "
                 f"--mean-span-length {data.mean_span_length:g}"
             )
+
+    def lacks(self, part: Part) -> str | None:
+        """Without any sentence there is no text."""
+        return None if holds_sentences(part.dataset, part.documents, 1) else ""
+
+    def remark(self, part: Part) -> Remark:
+        """What is said of sentences too long for a sample."""
+        documents = part.dataset.documents
+        first, end = documents[part.documents.start], documents[part.documents.stop]
+        sizes = part.dataset.sizes[first:end]
+        cut = int(np.count_nonzero(sizes > self._max_tokens))
+        if cut == 0:
+            return Remark()
+        return Remark(
+            text=f"; {cut:,} of {len(sizes):,} sentences are longer than the {self._max_tokens} "
+            "tokens of a sample, which holds a part of them (made with --split-sentences?)",
+            share=cut / len(sizes),
+        )
+
+
+class T5Maker(T5Rule):
+    """See `megatron.data.build.Maker`."""
+
+    def __init__(self, config: Config, tokenizer: Tokenizer) -> None:
+        super().__init__(config, len(tokenizer.sentinels))
+        self._tokenizer = tokenizer
+        # Of text alone: a sentinel in the corpus could not be told from one that marks a span.
+        self.vocab_size = tokenizer.vocab_size - len(tokenizer.sentinels)
 
     def make(self, part: Part, samples: int) -> Made:
         """So many samples of a part."""
@@ -65,8 +89,6 @@ class _Builder:
             seed=seed,
             cache_dir=part.cache_dir,
         )
-        if len(sample_map) == 0:
-            return Made(samples=None, per_epoch=0)
         dataset = T5Dataset(
             part.dataset,
             sample_map,
@@ -75,17 +97,4 @@ class _Builder:
             length=samples,
             stream=(seed, part.split),
         )
-        return Made(samples=dataset, per_epoch=per_epoch, remark=self._describe_cut(part))
-
-    def _describe_cut(self, part: Part) -> str:
-        """What is said of sentences too long for a sample; "" without any."""
-        documents = part.dataset.documents
-        first, end = documents[part.documents.start], documents[part.documents.stop]
-        sizes = part.dataset.sizes[first:end]
-        cut = int(np.count_nonzero(sizes > self._max_tokens))
-        if cut == 0:
-            return ""
-        return (
-            f"; {cut:,} of {len(sizes):,} sentences are longer than the {self._max_tokens} tokens "
-            "of a sample, which holds a part of them (made with --split-sentences?)"
-        )
+        return Made(samples=dataset, per_epoch=per_epoch)

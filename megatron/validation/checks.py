@@ -1,8 +1,8 @@
 """What a check is, and the list that each topic's file fills with its own."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from megatron.errors import ConfigError
+from megatron.errors import ConfigError, UserError
 
 Check = Callable[..., None]
 
@@ -27,3 +27,15 @@ def divides(option: str, value: int, by_option: str, by: int) -> None:
     """Raises ConfigError where `value`, which `option` states, is no multiple of `by`."""
     if value % by:
         raise ConfigError(f"{option} {value} is not divisible by {by_option} {by}")
+
+
+def problems_of(check: Callable[[], Iterable[str] | None]) -> list[str]:
+    """The lines that a check returns, and those of the user's mistake that it raises."""
+    found: list[str] = []
+    try:
+        found.extend(check() or ())
+    except UserError as error:
+        found += error.problems
+    except OSError as error:
+        found.append(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    return found
