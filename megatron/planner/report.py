@@ -2,7 +2,7 @@
 
 The text begins with the model, the cluster and the batch,
 
-    gpt, 1,008.0 B parameters: 128 layers, hidden 25600, 160 heads, sequence 2048, vocabulary 51200
+    GPT, 1,008.0 B parameters: 128 layers, hidden 25600, 160 heads, sequence 2048, vocabulary 51200
     3072 x a100-80gb, 384 nodes: tensor 8 x pipeline 64 x data 6
     batch 3072 = data 6 x 512 micro-batches of 1; 1f1b schedule; float16, full recomputation
 
@@ -75,6 +75,11 @@ def virtual_stages(plan: Plan) -> int:
     return plan.schedule.num_stages // plan.schedule.num_ranks
 
 
+def fits(plan: Plan) -> bool:
+    """Whether every rank fits its GPU."""
+    return all(peak_bytes(rank) <= usable_bytes(plan) for rank in plan.ranks)
+
+
 def batch_size(plan: Plan) -> int:
     """Samples of a step."""
     return plan.config.train.micro_batch_size * plan.micro_batches * plan.topology.data
@@ -109,7 +114,7 @@ def model_line(plan: Plan) -> str:
     if model.model_type == "t5":
         layers, length = f"{layers} + {model.decoder_layers}", f"{length} + {data.decoder_length}"
     return (
-        f"{model.model_type}, {_in_units(plan.parameters, COUNT_UNITS, 1)} parameters: "
+        f"{model.model_type.upper()}, {_in_units(plan.parameters, COUNT_UNITS, 1)} parameters: "
         f"{layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads, "
         f"sequence {length}, vocabulary {model.vocab_size}"
     )
@@ -371,7 +376,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         "model": _model_json(plan),
         "cluster": _cluster_json(plan),
         "layout": _layout_json(plan),
-        "fits": all(peak_bytes(rank) <= usable_bytes(plan) for rank in plan.ranks),
+        "fits": fits(plan),
         "ranks": [_rank_json(rank, usable_bytes(plan)) for rank in plan.ranks],
         "step": _step_json(plan),
         "run": _run_json(plan),

@@ -111,7 +111,7 @@ def test_an_unknown_kind_of_picture_is_one_line(tmp_path: Path) -> None:
     picture = tmp_path / "schedule.docx"
     finished = _run("--schedule", "1f1b", *SMALL, "--output", picture)
     assert finished.returncode == 2
-    problem = f"--output {picture}: expected a picture such as .png, .svg or .pdf"
+    problem = f"{picture}: expected a picture such as .png, .svg or .pdf"
     assert finished.stderr == f"error: {problem}\n"
 
 
@@ -125,5 +125,5 @@ def test_without_matplotlib_it_says_what_to_install(tmp_path: Path) -> None:
     picture = tmp_path / "schedule.png"
     finished = _run("--schedule", "1f1b", *SMALL, "--output", picture, code=code)
     assert finished.returncode == 2
-    problem = "--output needs the package matplotlib: pip install matplotlib"
+    problem = f"{picture}: drawing needs the package matplotlib: pip install matplotlib"
     assert finished.stderr == f"error: {problem}\n"
