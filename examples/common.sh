@@ -46,9 +46,9 @@ GPT3_RECIPE=(
     "${_TODAY[@]}"
 )
 
-# Llama 3, arXiv 2407.21783, section 3.2 and 3.4.1; Adam's constants are Llama 2's, arXiv 2307.09288.
-# The schedule is that of the 405B model, which the paper alone describes: 8000 steps of warm-up,
-# then a cosine to a hundredth, first with batches of 4 million tokens.
+# Llama 3, arXiv 2407.21783, sections 3.2 and 3.4.1. It states a schedule for the 405B model alone,
+# which is taken here: 8000 steps of warm-up, a cosine to a hundredth of the rate, and the batch of
+# 4 million tokens with which it begins. Adam's constants are those of Llama 2, arXiv 2307.09288.
 LLAMA_RECIPE=(
     --seq-length 8192 --max-position-embeddings 8192
     --position-embedding-type rope --rotary-base 500000
@@ -95,7 +95,7 @@ launch() {
         [[ ${#_DATA[@]} -gt 0 || " $*" == *" --data-path"* || " $*" == *" --config-file"* ]] ||
             _fail "DATA is not set: the dataset's path without .idx and .bin, or a blend" \
                 "of WEIGHT PATH pairs; DRY_RUN=1 needs none"
-        _find_nodes
+        _find_nodes "$@"
         command+=(-m torch.distributed.run "${_TORCHRUN[@]}" "$root/$PROGRAM")
     fi
     exec "${command[@]}" "${_DATA[@]}" "${_TOKENIZER[@]}" "${places[@]}" "$@"
@@ -143,6 +143,7 @@ _find_nodes() {
     local nodes ranks
     nodes=$(_count NODES 1)
     ranks=$(_count GPUS_PER_NODE 8)
+    _check_layout "$nodes" "$ranks" "$@"
     _TORCHRUN=(--nproc-per-node "$ranks")
     [[ -z ${MAX_RESTARTS:-} ]] || _TORCHRUN+=(--max-restarts "$MAX_RESTARTS")
     if [[ $nodes -eq 1 ]]; then
@@ -161,6 +162,20 @@ _find_nodes() {
         0) _TORCHRUN+=(--rdzv-conf is_host=true) ;;
         *) _TORCHRUN+=(--rdzv-conf is_host=false) ;;
     esac
+}
+
+# _check_layout NODES GPUS_PER_NODE FLAGS...: whether models fit, before every rank would say it.
+_check_layout() {
+    local nodes=$1 ranks=$2 tensor=1 pipeline=1
+    while shift && [[ $# -gt 1 ]]; do
+        case $1 in
+            --tensor-model-parallel-size) tensor=$2 ;;
+            --pipeline-model-parallel-size) pipeline=$2 ;;
+        esac
+    done
+    [[ $((nodes * ranks % (tensor * pipeline))) -eq 0 ]] ||
+        _fail "NODES=$nodes x GPUS_PER_NODE=$ranks is not a multiple of" \
+            "--tensor-model-parallel-size $tensor x --pipeline-model-parallel-size $pipeline"
 }
 
 # _count NAME DEFAULT: the value of a variable that counts something.

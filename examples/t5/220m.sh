@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # T5 220M: 12 + 12 layers, hidden 768, MLP 3072, 12 heads of 64.
 #
-# source      arXiv 1910.10683, section 3.1.2
+# source      arXiv 1910.10683, section 3.1.1
 # parameters  222.9 million; published: about 220 million
 # layout      64 GPUs: data 64
 # ours        layout; Adam, its rates, initial values; bf16, distributed optimizer
