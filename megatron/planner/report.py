@@ -160,12 +160,12 @@ def result_line(plan: Plan) -> str:
 def fit_line(plan: Plan) -> str:
     """Whether the fullest rank fits, and what is left or missing."""
     fullest = max(plan.ranks, key=peak_bytes)
-    spare = usable_bytes(plan) - peak_bytes(fullest)
-    verdict = "fits" if spare >= 0 else "does not fit"
+    needed, usable = peak_bytes(fullest), usable_bytes(plan)
+    unit = unit_for(needed, MEMORY_UNITS)
+    verdict, left = ("fits", "left") if needed <= usable else ("does not fit", "too much")
     return (
-        f"{verdict}: rank {fullest.rank} needs {_in_units(peak_bytes(fullest), MEMORY_UNITS)} of "
-        f"{_in_units(usable_bytes(plan), MEMORY_UNITS)}, "
-        f"{_in_units(abs(spare), MEMORY_UNITS)} {'left' if spare >= 0 else 'too much'}"
+        f"{verdict}: rank {fullest.rank} needs {needed / unit.size:,.2f} of "
+        f"{usable / unit.size:,.2f} {unit.name}, {abs(usable - needed) / unit.size:,.2f} {left}"
     )
 
 
