@@ -29,8 +29,9 @@ from megatron.training.batches import evaluation_batches, training_batches
 from megatron.training.initialize import finalize, initialize, own_rank, world_size
 from megatron.training.one_voice import one_voice
 from megatron.training.reports import Reporter
-from megatron.training.stopping import Stopping
-from megatron.training.task import Datasets, SampleCounts, Task
+from megatron.training.signals import Signals
+from megatron.training.stopping import BrokenOffError, Stopping
+from megatron.training.task import Batch, Datasets, SampleCounts, Task
 from megatron.training.trainer import Step, Trainer
 
 Hook = Callable[[Step], None]
@@ -42,11 +43,12 @@ def pretrain(config: Config, make_task: Callable[[Config], Task]) -> None:
     Raises:
         UserError: the configuration, the data or the checkpoint is not fit for it.
     """
-    with one_voice(own_rank(), world_size()):
+    signals = Signals(with_sigterm=config.train.exit_signal_handler)
+    with one_voice(own_rank(), world_size()), signals:
         task = make_task(config)
         config = with_vocabulary(config, task.vocab_size)
         state = initialize(config)
-        _run(config, task, state)
+        _run(config, task, state, signals)
         finalize(state)
 
 
@@ -73,43 +75,50 @@ def sample_counts(config: Config, data_parallel_size: int) -> SampleCounts:
     return SampleCounts(trained, evaluated if validation else 0, evaluated if test else 0)
 
 
-def _run(config: Config, task: Task, state: ParallelState) -> None:
+def _run(config: Config, task: Task, state: ParallelState, signals: Signals) -> None:
     say = print if state.rank == 0 else _say_nothing
     datasets = task.datasets(config, sample_counts(config, state.data.size), say)
     trainer = Trainer(config, task, state)
     resumed = checkpoints.resume(trainer)
-    with closing(Reporter(trainer)) as reporter:
+    with (
+        closing(Reporter(trainer)) as reporter,
+        Stopping(config.train, state, signals) as stopping,
+    ):
         _greet(trainer, reporter, resumed)
-        reason = _train(trainer, datasets, reporter)
-        if reason is not None:
-            reporter.say(f"ending after iteration {trainer.iteration}: {reason}")
-        else:
-            _evaluate(trainer, datasets.test, reporter, "test")
+        batches = signals.kept_from_workers(training_batches(trainer, datasets.train))
+        _train(trainer, batches, datasets, reporter, stopping)
+        if stopping.reason is None:
+            _evaluate(trainer, datasets.test, reporter, stopping, "test")
+        if stopping.reason is not None and state.rank == 0:
+            reporter.say(stopping.say_goodbye(trainer.iteration))
     trainer.finish()
 
 
-def _train(trainer: Trainer, datasets: Datasets, reporter: Reporter) -> str | None:
-    """Trains to the end of the run, or to where it is stopped: the reason, None at the end."""
+def _train(
+    trainer: Trainer,
+    batches: Iterator[Batch],
+    datasets: Datasets,
+    reporter: Reporter,
+    stopping: Stopping,
+) -> None:
+    """Trains to the end of the run, or to where it is stopped, and saves."""
     train = trainer.config.train
     saver = _Saver(trainer, reporter)
     hooks: list[Hook] = [
         reporter,
         every(
             train.eval_interval,
-            lambda: _evaluate(trainer, datasets.validation, reporter, "validation"),
+            lambda: _evaluate(trainer, datasets.validation, reporter, stopping, "validation"),
         ),
         every(train.save_interval, saver.save),
     ]
-    stopping = Stopping(train, trainer.state)
-    reason = None
     with _profiling(trainer, reporter) as profiled:
-        for step in trainer.steps(training_batches(trainer, datasets.train)):
+        for step in trainer.steps(batches):
             for hook in (profiled, *hooks):
                 hook(step)
-            if reason := stopping(step.iteration):
+            if stopping(step.iteration):
                 break
     saver.save()
-    return reason
 
 
 @contextmanager
@@ -164,11 +173,22 @@ def every(interval: int | None, action: Callable[[], None]) -> Hook:
 
 
 def _evaluate(
-    trainer: Trainer, dataset: SampleDataset | None, reporter: Reporter, split: str
+    trainer: Trainer,
+    dataset: SampleDataset | None,
+    reporter: Reporter,
+    stopping: Stopping,
+    split: str,
 ) -> None:
-    if dataset is not None:
+    if dataset is None:
+        return
+    in_a_step = trainer.num_micro_batches(trainer.ramp.full)
+    batches = stopping.breaking_off(evaluation_batches(trainer, dataset), in_a_step)
+    try:
         with reporter.pause():
-            means = trainer.evaluate(evaluation_batches(trainer, dataset))
+            means = trainer.evaluate(batches)
+    except BrokenOffError:
+        reporter.say(f"the {split} evaluation of iteration {trainer.iteration} is broken off")
+    else:
         reporter.evaluation(split, means)
 
 
