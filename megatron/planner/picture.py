@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from megatron.planner.dry_run import Plan
+    from megatron.planner.plan import Plan
 
 Corners = tuple[tuple[float, float], ...]
 

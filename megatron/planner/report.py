@@ -22,7 +22,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 if TYPE_CHECKING:
-    from megatron.planner.dry_run import CommunicationTotal, Plan, RankPlan
+    from megatron.planner.plan import CommunicationTotal, Plan, RankPlan
 
 # What a rank's memory is made of: names of a RankPlan's fields, in bytes.
 MEMORY = ("weights", "gradients", "optimizer", "activations")
@@ -277,7 +277,11 @@ def _step_lines(plan: Plan) -> list[str]:
     rate = "TFLOP/s per GPU"
     rows = [
         ["time", seconds_text(plan.step_time), f"{tokens:,.0f} tokens/s"],
-        ["bubble", f"{100 * plan.bubble:.1f} %", "of the time a GPU waits for other stages"],
+        [
+            "bubble",
+            f"{100 * plan.bubble:.1f} %",
+            "of the pipeline's time, in which a GPU waits for others",
+        ],
         ["model", _in_units(plan.model_flops, FLOP_UNITS), "without recomputation"],
         ["", f"{plan.tflops_per_gpu:,.1f} {rate}", f"MFU {100 * plan.mfu:.1f} % of {peak:,.0f}"],
         ["executed", _in_units(plan.flops, FLOP_UNITS), f"{more:+.1f} % to the model's"],

@@ -2,76 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-from megatron.config import Config
 from megatron.mpu.topology import Topology
-from megatron.pipeline.actions import Schedule
 from megatron.pipeline.schedule import make_schedule
-from megatron.pipeline.simulator import Costs, Simulation, simulate
+from megatron.pipeline.simulator import Costs, simulate
+from megatron.planner.hardware import load_hardware
+from megatron.planner.plan import CommunicationTotal, Plan, RankPlan
 from tests.configs import small
 
 GIB = 1024**3
-
-
-@dataclass(frozen=True)
-class Hardware:
-    name: str = "a100-80gb"
-    memory: int = 80 * GIB
-    reserved: int = 2 * GIB
-    gpus_per_node: int = 8
-
-    def peak_flops(self, dtype: str) -> float:
-        return {"float16": 312e12}[dtype]
-
-
-@dataclass(frozen=True)
-class CommunicationTotal:
-    group: str
-    kind: str
-    ranks: int
-    count: int
-    bytes: int
-
-
-@dataclass(frozen=True)
-class RankPlan:
-    rank: int
-    stages: tuple[int, ...]
-    parameters: int
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-    communications: tuple[CommunicationTotal, ...]
-
-
-@dataclass(frozen=True)
-class Plan:
-    config: Config
-    topology: Topology
-    parameters: int
-    schedule: Schedule
-    micro_batches: int
-    ranks: tuple[RankPlan, ...]
-    flops: float
-    model_flops: float
-    simulation: Simulation
-    step_time: float
-    hardware: Hardware
-
-    @property
-    def bubble(self) -> float:
-        return self.simulation.bubble
-
-    @property
-    def tflops_per_gpu(self) -> float:
-        return self.model_flops / self.step_time / self.topology.world_size / 1e12
-
-    @property
-    def mfu(self) -> float:
-        return self.tflops_per_gpu / (self.hardware.peak_flops(self.config.model.dtype) / 1e12)
 
 
 def plan(
@@ -82,7 +23,7 @@ def plan(
     activations: int = 2 * GIB,
     rest: float = 0.1,
     **flags: Any,
-) -> Any:
+) -> Plan:
     """A GPT of 1.3 B parameters per stage, of 24 where `ranks` is 64, on A100s.
 
     `activations` are the bytes that a forward pass leaves, `rest` the seconds of a step in which
@@ -128,7 +69,7 @@ def plan(
         model_flops=6 * parameters * 2048 * ranks * micro_batches * 6.0,
         simulation=found,
         step_time=found.cost + rest,
-        hardware=Hardware(),
+        hardware=replace(load_hardware("a100-80gb"), memory_gib=80, reserved_gib=2),
     )
 
 

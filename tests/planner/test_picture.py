@@ -5,16 +5,16 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from megatron.errors import ConfigError
 from megatron.planner.picture import check_picture, draw_plan
+from megatron.planner.plan import Plan
 from tests.planner.plans import GIB, plan
 
 
-def _texts(made: Any, tmp_path: Path) -> list[str]:
+def _texts(made: Plan, tmp_path: Path) -> list[str]:
     """The texts of the picture; in an SVG, matplotlib precedes each with itself as a comment."""
     path = tmp_path / "plan.svg"
     draw_plan(made, path)

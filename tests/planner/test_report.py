@@ -12,23 +12,24 @@ from typing import Any
 
 import pytest
 
+from megatron.planner.plan import Plan
 from megatron.planner.report import peak_bytes, plan_json, print_plan, usable_bytes
 from tests.planner.plans import GIB, plan
 
 
-def _text(made: Any) -> str:
+def _text(made: Plan) -> str:
     out = io.StringIO()
     print_plan(made, out)
     return out.getvalue()
 
 
-def _block(made: Any, title: str) -> list[str]:
+def _block(made: Plan, title: str) -> list[str]:
     """The lines of the first block that begins so, without its title."""
     block = next(block for block in _text(made).split("\n\n") if block.startswith(title))
     return block.splitlines()[1:]
 
 
-def _memory_rows(made: Any) -> list[list[str]]:
+def _memory_rows(made: Plan) -> list[list[str]]:
     """The cells of the table's rows, without its header."""
     lines = _block(made, "Memory")[1:]
     return [re.split(r"  +", line) for line in lines if line[0].isdigit()]
@@ -115,7 +116,7 @@ def test_it_says_by_how_much_a_rank_does_not_fit() -> None:
     )
     assert plan_json(full)["fits"]
     assert "\nfits: rank 0 needs 78.00 of 78.00 GiB, 0.00 left\n" in _text(full)
-    over = replace(full, hardware=replace(full.hardware, reserved=5 * GIB // 2))
+    over = replace(full, hardware=replace(full.hardware, reserved_gib=2.5))
     assert not plan_json(over)["fits"]
     assert _memory_rows(over)[0][-1] == "0.50 over"
     assert [row[-1] for row in _memory_rows(over)[1:]] == ["fits"] * 3
