@@ -10,20 +10,21 @@
         --data-path corpus_text_sentence --vocab-file vocab.txt
 """
 
-from megatron.arguments import parse_config
+from megatron.arguments import parse_command
 from megatron.errors import run_command
-from megatron.training import BertPretraining, pretrain
+from megatron.planner.command import pretrain_or_plan
+from megatron.training import BertPretraining
 
 
 def main() -> None:
     """From the command line to trained weights."""
-    config = parse_config(
+    command = parse_command(
         prog="pretrain_bert.py",
         description="Pretrain BERT on masked tokens and sentence pairs.",
         defaults={"model_type": "bert", "tokenizer_type": "BertWordPieceLowerCase"},
         required=("data_path", "vocab_file"),
     )
-    pretrain(config, BertPretraining)
+    pretrain_or_plan(command, BertPretraining)
 
 
 if __name__ == "__main__":

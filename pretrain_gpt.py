@@ -13,20 +13,21 @@ With rotary positions, RMSNorm, a gated MLP and grouped queries it is a Llama, a
 examples/pretrain_gpt_llama.sh.
 """
 
-from megatron.arguments import parse_config
+from megatron.arguments import parse_command
 from megatron.errors import run_command
-from megatron.training import GPTPretraining, pretrain
+from megatron.planner.command import pretrain_or_plan
+from megatron.training import GPTPretraining
 
 
 def main() -> None:
     """From the command line to trained weights."""
-    config = parse_config(
+    command = parse_command(
         prog="pretrain_gpt.py",
         description="Pretrain GPT on the next token.",
         defaults={"model_type": "gpt", "tokenizer_type": "GPT2BPETokenizer"},
         required=("data_path",),
     )
-    pretrain(config, GPTPretraining)
+    pretrain_or_plan(command, GPTPretraining)
 
 
 if __name__ == "__main__":

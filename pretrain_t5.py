@@ -11,14 +11,15 @@
         --data-path corpus_text_sentence --vocab-file vocab.txt
 """
 
-from megatron.arguments import parse_config
+from megatron.arguments import parse_command
 from megatron.errors import run_command
-from megatron.training import T5Pretraining, pretrain
+from megatron.planner.command import pretrain_or_plan
+from megatron.training import T5Pretraining
 
 
 def main() -> None:
     """From the command line to trained weights."""
-    config = parse_config(
+    command = parse_command(
         prog="pretrain_t5.py",
         description="Pretrain T5 on spans that were cut out.",
         defaults={
@@ -28,7 +29,7 @@ def main() -> None:
         },
         required=("data_path",),
     )
-    pretrain(config, T5Pretraining)
+    pretrain_or_plan(command, T5Pretraining)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,32 @@ from typing import Any
 import yaml
 
 from megatron.config import SECTIONS, Config, all_flags
+from megatron.config.dry_run import DryRunConfig
+from megatron.config.flags import flags_of
 from megatron.errors import ConfigError, exit_with
 from megatron.flag_reference import help_text
 from megatron.old_flags import OLD_FLAGS, Obsolete, Renamed, StandsFor, Unavailable
-from megatron.validation import find_problems
+from megatron.validation import files, find_problems, problems_of
 
 _HELP = ("-h", "--help")
 _CONFIG_FILE = "config-file"
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a command line asks for.
+
+    Attributes:
+        config: of the run.
+        dry_run: whether it is only to be planned, and how.
+        notes: a line about each old name.
+        problems: files that are missing; only a dry run goes on with any.
+    """
+
+    config: Config
+    dry_run: DryRunConfig
+    notes: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,13 +73,30 @@ def parse_config(
     them, is the only one that it trains; required: names of fields that this program cannot do
     without. The number of ranks is torchrun's WORLD_SIZE.
     """
+    command = parse_command(
+        argv, prog=prog, description=description, defaults=defaults, required=required
+    )
+    if command.dry_run.dry_run:
+        exit_with(ConfigError(f"--dry-run: {prog} has none"))
+    return command.config
+
+
+def parse_command(
+    argv: list[str] | None = None,
+    *,
+    prog: str,
+    description: str = "",
+    defaults: Mapping[str, Any] | None = None,
+    required: Iterable[str] = (),
+) -> Command:
+    """What a command line asks for, a dry run included; otherwise as `parse_config`."""
     argv = sys.argv[1:] if argv is None else argv
     if any(word in _HELP for word in argv):
         width = min(shutil.get_terminal_size().columns, 110)
         sys.stdout.write(help_text(prog, description, defaults, tuple(required), width))
         sys.exit(0)
     try:
-        config, notes = read_config(
+        command = read_command(
             argv,
             defaults=defaults,
             required=required,
@@ -69,8 +105,8 @@ def parse_config(
     except ConfigError as error:
         exit_with(error)
     if os.environ.get("RANK", "0") == "0":
-        sys.stderr.writelines(f"{prog}: {note}\n" for note in notes)
-    return config
+        sys.stderr.writelines(f"{prog}: {note}\n" for note in command.notes)
+    return command
 
 
 def read_config(
@@ -85,9 +121,32 @@ def read_config(
     defaults, required: as for `parse_config`.
     Raises ConfigError with every problem that `argv` and its configuration file have.
     """
+    command = read_command(argv, defaults=defaults, required=required, world_size=world_size)
+    if command.dry_run.dry_run:
+        raise ConfigError("--dry-run is for a program that trains")
+    return command.config, list(command.notes)
+
+
+def read_command(
+    argv: list[str],
+    *,
+    defaults: Mapping[str, Any] | None = None,
+    required: Iterable[str] = (),
+    world_size: int = 1,
+) -> Command:
+    """What `argv` asks for; a dry run needs neither data nor files.
+
+    defaults, required: as for `parse_config`.
+    Raises ConfigError with every problem that `argv` and its configuration file have; but for a
+    dry run, files that are missing do not make a plan impossible.
+    """
     problems: list[str] = []
     defaults = defaults or {}
-    given = _with_files(_split(argv, problems), problems)
+    words = _split(argv, problems)
+    dry_run = _dry_run(words, problems)
+    if dry_run.dry_run:
+        required, world_size = (), dry_run.world_size or world_size
+    given = _with_files([each for each in words if not _is_of_dry_run(each)], problems)
     current, notes = _renamed(given, problems)
     flags = all_flags()
     values = {name: flag.default for name, flag in flags.items() if not flag.required}
@@ -112,10 +171,40 @@ def read_config(
     if trained is not None and values.get("model_type", trained) != trained:
         problems.append(f"--model-type {values['model_type']}: this program trains {trained}")
         del values["model_type"]
-    problems += find_problems(values, world_size)
+    if dry_run.dry_run and not _names_data(values):
+        values["tokenizer_type"] = None  # its files are not asked for
+    in_files = files.checks if dry_run.dry_run else []
+    problems += find_problems(values, world_size, leaving_out=in_files)
     if problems:
         raise ConfigError(dict.fromkeys(problems))
-    return Config.from_flags(values), notes
+    missing = problems_of(in_files, values)
+    return Command(Config.from_flags(values), dry_run, tuple(notes), tuple(missing))
+
+
+def _dry_run(given: list[Given], problems: list[str]) -> DryRunConfig:
+    flags = {flag.option[2:]: flag for flag in flags_of(DryRunConfig)}
+    values = {}
+    for each in filter(_is_of_dry_run, given):
+        flag = flags[each.name]
+        try:
+            values[flag.name] = flag.read(each.raw)
+            problems += flag.problems(values[flag.name])
+        except ConfigError as error:
+            problems += error.problems
+    if values and not values.get("dry_run"):
+        options = (flags[_dashed(name)].option for name in values if name != "dry_run")
+        problems += (f"{option} is for --dry-run" for option in options)
+    return DryRunConfig(**values)
+
+
+def _is_of_dry_run(given: Given) -> bool:
+    return given.name in {flag.option[2:] for flag in flags_of(DryRunConfig)}
+
+
+def _names_data(values: Mapping[str, Any]) -> bool:
+    """Whether data or a tokenizer's files are given."""
+    names = "data_path", "vocab_file", "merge_file", "tokenizer_model"
+    return any(values.get(name) for name in names)
 
 
 def _split(argv: list[str], problems: list[str]) -> list[Given]:
@@ -243,7 +332,8 @@ def _single(raw: object) -> object:
 
 
 def _did_you_mean(name: str) -> str:
-    names = {flag.option[2:] for flag in all_flags().values()} | {*OLD_FLAGS, _CONFIG_FILE}
+    flags = (*all_flags().values(), *flags_of(DryRunConfig))
+    names = {flag.option[2:] for flag in flags} | {*OLD_FLAGS, _CONFIG_FILE}
     close = difflib.get_close_matches(_dashed(name), sorted(names - {name}), n=1)
     return f": did you mean --{close[0]}?" if close else ""
 

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron.config import all_flags
-from megatron.config.flags import Flag
+from megatron.config.dry_run import DryRunConfig
+from megatron.config.flags import Flag, flags_of
 from megatron.old_flags import OLD_FLAGS, Obsolete, OldFlag, Renamed, StandsFor, Unavailable
 
 _CONFIG_FILE_HELP = (
@@ -52,7 +53,7 @@ def help_text(
     defaults, required: as for `megatron.arguments.parse_config`.
     """
     defaults = defaults or {}
-    flags = [_with_default(flag, defaults, required) for flag in all_flags().values()]
+    flags = [_with_default(flag, defaults, required) for flag in _told_of()]
     usage = [f"{flag.option} {_metavar(flag)}" for flag in flags if flag.required]
     lines = _wrapped(
         f"usage: {prog} ", " ".join(usage) + " [--config-file FILE] [--flag value ...]", width
@@ -66,6 +67,11 @@ def help_text(
             text = f"{flag.help} ({_note(flag)})" if _note(flag) else flag.help
             lines += _entry(f"{flag.option} {_metavar(flag)}".rstrip(), text, width)
     return "\n".join(lines) + "\n"
+
+
+def _told_of() -> tuple[Flag, ...]:
+    """The flags of a run, and those of a dry run."""
+    return (*all_flags().values(), *flags_of(DryRunConfig))
 
 
 def _with_default(flag: Flag, defaults: Mapping[str, Any], required: tuple[str, ...]) -> Flag:
@@ -86,7 +92,7 @@ def _note(flag: Flag) -> str:
 def reference_page() -> str:
     """The text of docs/flags.md."""
     parts = [_INTRODUCTION]
-    for topic, members in itertools.groupby(all_flags().values(), key=lambda flag: flag.topic):
+    for topic, members in itertools.groupby(_told_of(), key=lambda flag: flag.topic):
         parts.append(f"\n## {topic}\n\n| flag | default | range | meaning |\n|---|---|---|---|\n")
         for flag in members:
             value = f" {_metavar(flag)}" if _metavar(flag) else ""

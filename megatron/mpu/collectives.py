@@ -24,6 +24,10 @@ from megatron.mpu.watchdog import waiting
 SUM = dist.ReduceOp.SUM
 MAX = dist.ReduceOp.MAX
 
+# PyTorch has renamed them.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def all_reduce(tensor: torch.Tensor, axis: Axis, op: dist.ReduceOp.RedOpType = SUM) -> torch.Tensor:
     """Reduce ``tensor`` over the axis in place and return it."""
@@ -72,7 +76,7 @@ def start_all_gather(tensor: torch.Tensor, axis: Axis, out: torch.Tensor | None 
         return Pending(out.copy_(tensor) if out.data_ptr() != tensor.data_ptr() else out)
     if direct.is_better(axis):
         return direct.start_all_gather(tensor, axis, out)
-    work = dist.all_gather_into_tensor(out, tensor, group=axis.group, async_op=True)
+    work = _all_gather(out, tensor, group=axis.group, async_op=True)
     return Pending(out, [work], what=wait_for("an all-gather", axis), held=tensor)
 
 
@@ -91,7 +95,7 @@ def start_reduce_scatter(
         return Pending(out.copy_(tensor) if out.data_ptr() != tensor.data_ptr() else out)
     if direct.is_better(axis):
         return direct.start_reduce_scatter(tensor, axis, out)
-    work = dist.reduce_scatter_tensor(out, tensor, group=axis.group, async_op=True)
+    work = _reduce_scatter(out, tensor, group=axis.group, async_op=True)
     return Pending(out, [work], what=wait_for("a reduce-scatter", axis), held=tensor)
 
 

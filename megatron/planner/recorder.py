@@ -32,7 +32,7 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     aten.baddbmm.default: (1, 2),
     aten._scaled_mm.default: (0, 1),
 }
-# Products of a fused attention: scores and context; behind them the scores again and four gradients.
+# Products of a fused attention: scores and context; backward the scores again, and four gradients.
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
 _WITHOUT_READING = ("zero_", "fill_", "zeros", "ones", "full", "zeros_like", "ones_like", "arange")
 _NOTHING = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "set_")

@@ -10,11 +10,11 @@ and over.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-import torch
 from torch import Tensor
 
 from megatron.config import Config
@@ -24,23 +24,16 @@ from megatron.optimizer.flat_buffer import shard_spec
 from megatron.optimizer.shared import Names, names
 from megatron.pipeline.actions import Action, Kind
 from megatron.planner.recorder import Recorder
+from megatron.planner.timing import place_of
 from megatron.planner.trace import Trace
 from megatron.planner.world import META, group_names, one_rank
 from megatron.training.task import Task
 from megatron.training.trainer import Trainer
 
-FIRST, MIDDLE, LAST = "first", "middle", "last"
 MOST_MICRO_BATCHES = 3
 
 # The place of a stage among those of its rank, what is done, and with which micro-batch.
 Key = tuple[int, Kind, str]
-
-
-def place_of(micro_batch: int, micro_batches: int) -> str:
-    """Whether a micro-batch is the last of a step, else the first, or one between."""
-    if micro_batch == micro_batches - 1:
-        return LAST
-    return FIRST if micro_batch == 0 else MIDDLE
 
 
 @dataclass(frozen=True)
@@ -189,6 +182,8 @@ class _Watch:
 
     def step(self, batches: list[dict[str, Tensor]]) -> dict[Action | str, Segment]:
         """The segments of a step, by action, and "before" and "after"."""
+        # What only the garbage collector takes must not seem to live on.
+        gc.collect()
         self._recorder.take()
         self.at_rest = self._start = self._recorder.live
         self._trainer.runtime.on_action = self._on_action

@@ -9,6 +9,7 @@ on the meta device, which have a shape and no memory.
 from __future__ import annotations
 
 import pickle
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -69,17 +70,17 @@ class PlannedGroup(dist.ProcessGroup):
     """
 
     def __init__(self, rank: int, size: int) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # type: ignore[call-arg]
         self.witness: Witness | None = None
         self.told: list[bytes] = []
 
     def getBackendName(self) -> str:  # noqa: N802, the name is PyTorch's
         return "planned"
 
-    def allreduce(self, tensors: Sequence[Tensor], *_: Any) -> dist.Work:
+    def allreduce(self, tensors: Any, *_: Any) -> dist.Work:
         return self._done("all-reduce", tensors[0])
 
-    def broadcast(self, tensors: Sequence[Tensor], *_: Any) -> dist.Work:
+    def broadcast(self, tensors: Any, *_: Any) -> dist.Work:
         return self._done("broadcast", tensors[0])
 
     def all_gather_single(self, output: Tensor, *_: Any) -> dist.Work:
@@ -88,7 +89,11 @@ class PlannedGroup(dist.ProcessGroup):
     def reduce_scatter_single(self, output: Tensor, source: Tensor, *_: Any) -> dist.Work:
         return self._done("reduce-scatter", source)
 
-    _allgather_base, _reduce_scatter_base = all_gather_single, reduce_scatter_single
+    def _allgather_base(self, output: Tensor, *_: Any) -> dist.Work:
+        return self._done("all-gather", output)
+
+    def _reduce_scatter_base(self, output: Tensor, source: Tensor, *_: Any) -> dist.Work:
+        return self._done("reduce-scatter", source)
 
     def allgather(self, outputs: Any, inputs: Any, *_: Any) -> dist.Work:
         """An exchange of objects, first of their sizes: the members' are known beforehand."""
@@ -146,8 +151,9 @@ def one_rank(
 ) -> Iterator[ParallelState]:
     """Within it this process is `rank` of the grid, with its groups; `witness` sees what it does.
 
-    `stages_say` is what the ranks along the pipeline tell one another, where they do. Tensors on the meta device stand for ones on `device_type`: "cuda", where ranks communicate by
-    NCCL, or "cpu", by gloo.
+    `stages_say` is what the ranks along the pipeline tell one another, where they do. Tensors on
+    the meta device stand for ones on `device_type`: "cuda", where ranks communicate by NCCL, or
+    "cpu", by gloo.
 
     Raises:
         RuntimeError: this process has process groups already.
@@ -158,6 +164,7 @@ def one_rank(
         if topology.world_size == 1:
             yield ParallelState.single(META)
             return
+        before = sys.excepthook
         backend = PLANNED_GLOO if device_type == "cpu" else PLANNED_NCCL
         if not hasattr(dist.Backend, backend.upper()):
             dist.Backend.register_backend(backend, _make_group, devices=["cpu", "cuda"])
@@ -173,6 +180,8 @@ def one_rank(
             yield state
         finally:
             dist.destroy_process_group()
+            # PyTorch has put the rank in front of all that is to be said of an exception.
+            sys.excepthook = before
 
 
 def group_names(state: ParallelState) -> dict[dist.ProcessGroup, str]:

@@ -49,8 +49,8 @@ class BertPretraining(Pretraining):
 
     def blank_batch(self, config: Config, device: torch.device) -> Batch:
         """Sentence pairs [b, s] of which k positions are masked."""
-        b, s, data = config.train.micro_batch_size, config.data.seq_length, config.data
-        k = most_masked(s, data.mask_prob)
+        b, s = config.train.micro_batch_size, config.data.seq_length
+        k = max_predictions(config)
 
         def numbers(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)

@@ -6,14 +6,15 @@ while one of its flags is missing or wrong in itself, so that one mistake gives 
 """
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron.config import Config, all_flags
 from megatron.errors import ConfigError
 from megatron.validation import files, layout, models, network, pipeline, run, speed
+from megatron.validation.checks import Check
 
-__all__ = ["CHECKS", "find_problems", "validate"]
+__all__ = ["CHECKS", "find_problems", "problems_of", "validate"]
 
 CHECKS = (
     *models.checks,
@@ -31,8 +32,16 @@ def validate(config: Config, world_size: int) -> list[str]:
     return find_problems(config.to_flags(), world_size)
 
 
-def find_problems(values: Mapping[str, Any], world_size: int) -> list[str]:
-    """All problems among the flags that could be read; `values` may lack some."""
+def find_problems(
+    values: Mapping[str, Any],
+    world_size: int,
+    *,
+    leaving_out: Sequence[Check] = (),
+) -> list[str]:
+    """All problems among the flags that could be read; `values` may lack some.
+
+    Checks may be left out, to be tried by themselves (`problems_of`).
+    """
     problems: list[str] = []
     sound: dict[str, Any] = {"world_size": world_size}
     for flag in all_flags().values():
@@ -41,7 +50,13 @@ def find_problems(values: Mapping[str, Any], world_size: int) -> list[str]:
             problems += found
             if not found:
                 sound[flag.name] = values[flag.name]
-    for check in CHECKS:
+    return problems + problems_of([c for c in CHECKS if c not in leaving_out], sound)
+
+
+def problems_of(checks: Sequence[Check], sound: Mapping[str, Any]) -> list[str]:
+    """What these checks find in flags that are right in themselves, and `world_size`."""
+    problems: list[str] = []
+    for check in checks:
         wanted = inspect.signature(check).parameters
         if wanted.keys() <= sound.keys():
             try:
