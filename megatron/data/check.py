@@ -34,7 +34,7 @@ from megatron.validation.checks import problems_of
 from megatron.validation.files import datasets_exist
 from megatron.validation.places import WARNING, why_not_writable
 
-MOST_ENTRIES = 1 << 25
+MOST_ENTRIES = 1 << 24
 _SERIOUS = 0.5  # share of documents or sentences from which on a remark is a warning
 _REMARKED_ON = 1 << 20  # documents
 

@@ -56,12 +56,12 @@ def idx_path(prefix: str | Path) -> Path:
 
 
 def pieces(length: int, most: int | None = None) -> Iterator[range]:
-    """The places from 0 to `length` in stretches; of more than `most`, some spread over all.
+    """The places from 0 to `length` in stretches; of more than `most`, about so many of them.
 
-    The first and the last stretch are always among them.
+    They are then spread over all, the first and the last stretch always among them.
     """
     last = -(-length // PIECE) - 1
-    count = last + 1 if most is None else min(last + 1, max(2, most // PIECE))
+    count = last + 1 if most is None else min(last + 1, max(2, -(-most // PIECE)))
     for number in sorted({round(place) for place in np.linspace(0, last, count)}):
         yield range(number * PIECE, min(length, (number + 1) * PIECE))
 
