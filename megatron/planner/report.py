@@ -240,8 +240,11 @@ def _communication_blocks(plan: Plan) -> list[list[str]]:
     if len(folded) > MOST_COLUMNS:
         title += f"; of {len(folded)} kinds of ranks the one that moves the most"
         folded = [max(folded, key=lambda group: sum(c.bytes for c in group[0].communications))]
-    tables = [folded[i : i + COLUMNS] for i in range(0, len(folded), COLUMNS)]
-    return [[title, *_communication_table(table)] for table in tables]
+    most = math.ceil(len(folded) / math.ceil(len(folded) / COLUMNS))
+    first, *others = (
+        _communication_table(folded[i : i + most]) for i in range(0, len(folded), most)
+    )
+    return [[title, *first], *others]
 
 
 def _communication_table(folded: Sequence[Sequence[RankPlan]]) -> list[str]:
@@ -263,9 +266,13 @@ def _communication_table(folded: Sequence[Sequence[RankPlan]]) -> list[str]:
         for column in columns:
             total = column.get(each)
             rows[-1] += (
-                [f"{total.count:,}", f"{total.bytes / unit.size:,.2f}"] if total else ["-", "-"]
+                [f"{total.count:,}", _amount(total.bytes / unit.size)] if total else ["-", "-"]
             )
     return _table(rows, align="<<>")
+
+
+def _amount(amount: float) -> str:
+    return "<0.01" if 0 < amount < 0.005 else f"{amount:,.2f}"
 
 
 def _step_lines(plan: Plan) -> list[str]:
