@@ -79,7 +79,7 @@ class _Box(NamedTuple):
 
 @dataclass(frozen=True)
 class _Timed:
-    """A schedule with its times, and what one unit of them is called on the axis."""
+    """A schedule with its times."""
 
     schedule: Schedule
     found: Simulation
@@ -393,8 +393,8 @@ def _draw_memory(axes: Axes, plan: Plan) -> None:
     )
     for rank in _labelled(axes, len(peaks)):
         axes.annotate(
-            f"{peaks[rank]:,.{1 if peaks[rank] >= 10 else 2}f}", (peaks[rank], rank), xytext=(3, 0), textcoords="offset points",
-            va="center", fontsize=NORMAL_FONT, color=INK if peaks[rank] <= usable else WRONG,
+            f"{peaks[rank]:,.{1 if peaks[rank] >= 10 else 2}f}", (peaks[rank], rank),
+            xytext=(3, 0), textcoords="offset points", va="center", fontsize=NORMAL_FONT, color=INK if peaks[rank] <= usable else WRONG,
             zorder=4,
         )  # fmt: skip
 
@@ -435,7 +435,8 @@ def _windows(timed: _Timed, width: float) -> Iterator[tuple[str, float, float]]:
 
     def length(actions: Iterable[Action]) -> float:
         lasting = (spans[action].end - spans[action].start for action in actions)
-        return min(timed.end / 3, room * min(lasting))
+        # A stage may be all but empty; its numbers do not make the others' parts short.
+        return min(timed.end / 3, room * max(min(lasting), timed.average / 4))
 
     first = length(table[0] for table in tables)
     middle = length(timed.schedule.actions)
