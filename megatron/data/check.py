@@ -30,7 +30,7 @@ from megatron.data.t5_build import T5Maker, T5Rule
 from megatron.data.token_check import check_format, check_tokens, look_at_tokens
 from megatron.errors import ConfigError
 from megatron.tokenizer import Tokenizer
-from megatron.validation.checks import problems_of
+from megatron.validation.checks import mistakes_of
 from megatron.validation.files import datasets_exist
 from megatron.validation.places import WARNING, why_not_writable
 
@@ -82,8 +82,8 @@ def data_problems(
     vocab_size = config.model.vocab_size if maker is None else maker.vocab_size
     look = _Look(config, rule, maker, vocab_size, max(2 * PIECE, MOST_ENTRIES // len(blend)))
     for (_, prefix), *needed in zip(blend, *shares, strict=True):
-        problems += problems_of(partial(look.problems, prefix, needed))
-    problems += problems_of(lambda: look.blend_map(blend[0][1], weights, wanted[TRAINING]))
+        problems += mistakes_of(partial(look.problems, prefix, needed))
+    problems += mistakes_of(lambda: look.blend_map(blend[0][1], weights, wanted[TRAINING]))
     problems += _too_many_files(config, len(blend), wanted)
     return list(dict.fromkeys(problems))
 
@@ -107,7 +107,7 @@ class _Look:
         datasets_exist((prefix,))
         source = Source.of(self.config, 1.0, IndexedDataset(prefix, most=self.most))
         checks = (self._tokens, self._parts, self._index_files)
-        return [line for check in checks for line in problems_of(partial(check, source, needed))]
+        return [line for check in checks for line in mistakes_of(partial(check, source, needed))]
 
     def _tokens(self, source: Source, needed: Sequence[int]) -> None:
         check_format(source.dataset)

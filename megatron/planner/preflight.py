@@ -35,7 +35,7 @@ from megatron.training.loop import sample_counts, with_vocabulary
 from megatron.training.task import Task
 from megatron.training.trainer import Trainer
 from megatron.validation import files
-from megatron.validation.checks import problems_of
+from megatron.validation.checks import mistakes_of
 
 
 def preflight(
@@ -49,7 +49,7 @@ def preflight(
     """
     data = config.data
     asks_for_data = bool(data.data_path)
-    problems = problems_of(partial(_named_files, config))
+    problems = mistakes_of(partial(_named_files, config))
     tokenizer = None
     if asks_for_data or data.vocab_file or data.merge_file or data.tokenizer_model:
         if not problems:
@@ -66,7 +66,7 @@ def preflight(
     start, found = _find_start(config, task, replicas)
     problems += found
     problems += room_problems(config.train, replicas, start, checkpoint_bytes)
-    problems += problems_of(partial(_packages, config))
+    problems += mistakes_of(partial(_packages, config))
     return list(dict.fromkeys(problems))
 
 
@@ -78,7 +78,7 @@ def _named_files(config: Config) -> list[str]:
         partial(files.merge_rules_exist, data.merge_file),
         partial(files.sentence_piece_model_exists, data.tokenizer_model),
     )
-    return [line for check in checks for line in problems_of(check)]
+    return [line for check in checks for line in mistakes_of(check)]
 
 
 def _open_tokenizer(config: Config) -> tuple[Tokenizer | None, list[str]]:
@@ -107,7 +107,7 @@ def _replicas(config: Config, world_size: int) -> int:
 def _find_start(config: Config, task: Task, replicas: int) -> tuple[Start, list[str]]:
     """From where the run goes on, and what keeps the checkpoint, or the model, from being used."""
     train = config.train
-    problems = problems_of(lambda: files.checkpoint_directories_are_usable(train.save, train.load))
+    problems = mistakes_of(lambda: files.checkpoint_directories_are_usable(train.save, train.load))
     if any(line.startswith("--load") for line in problems):
         return Start(), problems
     try:
@@ -144,12 +144,12 @@ def _packages(config: Config) -> Iterator[str]:
     if train.tensorboard_dir is not None and importlib.util.find_spec("tensorboard") is None:
         yield "--tensorboard-dir needs the package tensorboard: pip install tensorboard"
     if train.kernels == "apex":
-        yield from problems_of(lambda: _try(kernels.using("apex")))
+        yield from mistakes_of(lambda: _try(kernels.using("apex")))
     on_gpu = torch.accelerator.is_available() and not config.parallel.use_cpu
     # Where there is neither, this is a machine to plan on, and others are to compile.
     if train.compile and (on_gpu or config.parallel.use_cpu):
         device = "cuda" if on_gpu else "cpu"
-        yield from problems_of(lambda: _try(compiled.using(True, device)))
+        yield from mistakes_of(lambda: _try(compiled.using(True, device)))
 
 
 def _try(choice: AbstractContextManager[None]) -> None:

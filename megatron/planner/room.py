@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron.config import TrainConfig
 from megatron.monitor import read_metrics
 from megatron.training.batch_ramp import BatchRamp
-from megatron.validation.checks import problems_of
+from megatron.validation.checks import mistakes_of
 from megatron.validation.files import checkpoint_directories_are_usable
 from megatron.validation.places import WARNING, existing_part, why_not_writable
 
@@ -37,11 +37,11 @@ def room_problems(
 
     checkpoint_bytes: the size of one checkpoint; None where it is not known.
     """
-    problems = problems_of(lambda: checkpoint_directories_are_usable(train.save, None))
+    problems = mistakes_of(lambda: checkpoint_directories_are_usable(train.save, None))
     if train.save is not None and not problems:
         saves = _saves(train, data_parallel_size, start)
-        problems += problems_of(partial(_checkpoints, Path(train.save), saves, checkpoint_bytes))
-    return problems + problems_of(partial(_records, train))
+        problems += mistakes_of(partial(_checkpoints, Path(train.save), saves, checkpoint_bytes))
+    return problems + mistakes_of(partial(_records, train))
 
 
 def _saves(train: TrainConfig, data_parallel_size: int, start: Start) -> list[int]:
@@ -90,7 +90,7 @@ def _records(train: TrainConfig) -> list[str]:
         if directory is not None and (reason := why_not_writable(Path(directory))) is not None
     ]
     if train.metrics_file is not None:
-        problems += problems_of(partial(_metrics, Path(train.metrics_file)))
+        problems += mistakes_of(partial(_metrics, Path(train.metrics_file)))
     return problems
 
 
@@ -104,7 +104,7 @@ def _metrics(path: Path) -> Iterator[str]:
 
 def _amount(size: int) -> str:
     """A number of bytes as people say it."""
-    amount, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    amount, units = float(size), ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
     while amount >= 1024 and len(units) > 1:
         amount /= 1024
         units.pop(0)

@@ -29,7 +29,7 @@ def divides(option: str, value: int, by_option: str, by: int) -> None:
         raise ConfigError(f"{option} {value} is not divisible by {by_option} {by}")
 
 
-def problems_of(check: Callable[[], Iterable[str] | None]) -> list[str]:
+def mistakes_of(check: Callable[[], Iterable[str] | None]) -> list[str]:
     """The lines that a check returns, and those of the user's mistake that it raises."""
     found: list[str] = []
     try:
