@@ -394,8 +394,8 @@ def _draw_memory(axes: Axes, plan: Plan) -> None:
     for rank in _labelled(axes, len(peaks)):
         axes.annotate(
             f"{peaks[rank]:,.{1 if peaks[rank] >= 10 else 2}f}", (peaks[rank], rank),
-            xytext=(3, 0), textcoords="offset points", va="center", fontsize=NORMAL_FONT, color=INK if peaks[rank] <= usable else WRONG,
-            zorder=4,
+            xytext=(3, 0), textcoords="offset points", va="center", fontsize=NORMAL_FONT,
+            color=INK if peaks[rank] <= usable else WRONG, zorder=4,
         )  # fmt: skip
 
 
