@@ -37,7 +37,7 @@ def test_a_short_step_is_shown_with_every_action(tmp_path: Path) -> None:
 
 def test_a_long_step_is_shown_in_small_and_in_parts(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    texts = _texts(plan(ranks=16, micro_batches=150, rest=0), tmp_path)
+    texts = _texts(plan(ranks=4, micro_batches=150, rest=0), tmp_path)
     begins = [texts.index(name) for name in ("A: beginning", "B: middle", "C: end")]
     # A panel's title comes behind what is in it: numbers of micro-batches, and ticks.
     panels = [texts[first:last] for first, last in zip([0, *begins], begins, strict=False)]
@@ -55,7 +55,7 @@ def test_a_long_step_is_shown_in_small_and_in_parts(tmp_path: Path) -> None:
 @pytest.mark.parametrize("ending", ["svg", "png", "pdf"])
 def test_the_same_plan_is_the_same_file(tmp_path: Path, ending: str) -> None:
     matplotlib = pytest.importorskip("matplotlib")
-    made = plan(ranks=8, micro_batches=40)
+    made = plan(ranks=3, micro_batches=40)
     first, second = tmp_path / "new" / f"first.{ending}", tmp_path / f"second.{ending}"
     draw_plan(made, first)
     with matplotlib.rc_context({"font.size": 20, "axes.facecolor": "black"}):
