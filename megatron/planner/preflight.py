@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from megatron.checkpoint.directory import latest_iteration
 from megatron.checkpoint.reader import load_config
 from megatron.config import Config, ParallelConfig
 from megatron.data.check import data_problems
@@ -35,7 +36,7 @@ from megatron.training.loop import sample_counts, with_vocabulary
 from megatron.training.task import Task
 from megatron.training.trainer import Trainer
 from megatron.validation import files
-from megatron.validation.checks import mistakes_of
+from megatron.validation.checks import lines_of, mistakes_of
 
 
 def preflight(
@@ -60,9 +61,7 @@ def preflight(
             problems += found
     replicas = _replicas(config, world_size)
     if asks_for_data:
-        counts = sample_counts(config, replicas)
-        wanted = (counts.train, counts.validation, counts.test)
-        problems += data_problems(config, tokenizer, wanted)
+        problems += _data(config, tokenizer, replicas)
     start, found = _find_start(config, task, replicas)
     problems += found
     problems += room_problems(config.train, replicas, start, checkpoint_bytes)
@@ -79,6 +78,15 @@ def _named_files(config: Config) -> list[str]:
         partial(files.sentence_piece_model_exists, data.tokenizer_model),
     )
     return [line for check in checks for line in mistakes_of(check)]
+
+
+def _data(config: Config, tokenizer: Tokenizer | None, replicas: int) -> list[str]:
+    wrong_split = mistakes_of(partial(files.split_has_weights, config.data.split))
+    if wrong_split:  # then of no split samples are asked, and all else is still looked at
+        config = replace(config, data=replace(config.data, split="1"))
+        return wrong_split + data_problems(config, tokenizer, (0, 0, 0))
+    counts = sample_counts(config, replicas)
+    return data_problems(config, tokenizer, (counts.train, counts.validation, counts.test))
 
 
 def _open_tokenizer(config: Config) -> tuple[Tokenizer | None, list[str]]:
@@ -111,31 +119,31 @@ def _find_start(config: Config, task: Task, replicas: int) -> tuple[Start, list[
     if any(line.startswith("--load") for line in problems):
         return Start(), problems
     try:
-        trainer = _without_memory(config, task, replicas)
-        return (Start() if trainer is None else Start(*find_start(trainer))), problems
-    except UserError as error:
-        return Start(), [*problems, *error.problems]
+        return Start(*find_start(_without_memory(config, task, replicas))), problems
+    except (UserError, OSError) as error:
+        return Start(), [*problems, *lines_of(error)]
 
 
-def _without_memory(config: Config, task: Task, replicas: int) -> Trainer | None:
-    """What one process would train, on a device of shapes alone; None for no known vocabulary.
-
-    Where the tokenizer cannot be opened, a checkpoint's vocabulary stands in for it.
-    """
+def _without_memory(config: Config, task: Task, replicas: int) -> Trainer:
+    """What one process would train, on a device of shapes alone."""
     model, train = config.model, config.train
-    vocab_size = model.vocab_size
-    if vocab_size is None and train.load is not None:
-        vocab_size = load_config(Path(train.load)).model.vocab_size
-    if vocab_size is None:
-        return None
     alone = replace(
         config,
         # A checkpoint has no layout. What needs a GPU is not to be found out here.
         parallel=ParallelConfig(),
-        model=replace(model, vocab_size=vocab_size, fp8_format=None),
+        model=replace(model, vocab_size=_vocabulary(config), fp8_format=None),
         train=replace(train, global_batch_size=train.global_batch(replicas), cuda_graphs=False),
     )
     return Trainer(alone, task, ParallelState.single("meta"))
+
+
+def _vocabulary(config: Config) -> int:
+    """The vocabulary's size; where no tokenizer tells it, what fits everything else."""
+    load = None if config.train.load is None else Path(config.train.load)
+    saved = None
+    if config.model.vocab_size is None and load is not None and latest_iteration(load) is not None:
+        saved = load_config(load).model.vocab_size
+    return config.model.vocab_size or saved or 1
 
 
 def _packages(config: Config) -> Iterator[str]:

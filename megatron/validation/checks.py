@@ -1,6 +1,6 @@
 """What a check is, and the list that each topic's file fills with its own."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from megatron.errors import ConfigError, UserError
 
@@ -34,8 +34,13 @@ def mistakes_of(check: Callable[[], Iterable[str] | None]) -> list[str]:
     found: list[str] = []
     try:
         found.extend(check() or ())
-    except UserError as error:
-        found += error.problems
-    except OSError as error:
-        found.append(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    except (UserError, OSError) as error:
+        found += lines_of(error)
     return found
+
+
+def lines_of(error: UserError | OSError) -> Sequence[str]:
+    """What a user is told of an error."""
+    if isinstance(error, UserError):
+        return error.problems
+    return [f"{error.filename}: {error.strerror}" if error.filename else str(error)]

@@ -400,6 +400,25 @@ def test_one_fault_hides_no_other(place: Place) -> None:
     assert len(found) == len(set(found)) == 8
 
 
+def test_what_is_unknown_is_no_fault_of_the_rest(place: Place, saved: Path) -> None:
+    """Without a tokenizer a checkpoint's vocabulary serves, without --split nothing is split."""
+    place.corpus.vocab_file.unlink()
+    missing = f"--vocab-file {place.corpus.vocab_file} does not exist"
+    empty = place.directory / "empty"
+    assert place.problems("gpt", load=saved.parent) == [missing]
+    assert place.problems("gpt", load=empty, save=empty) == [missing]
+    empty.mkdir()
+    assert place.problems("gpt", load=empty, save=empty) == [missing]
+    no_checkpoint = f"--load {empty}: there is no checkpoint"
+    assert place.problems("gpt", load=empty) == [missing, no_checkpoint]
+    found = place.problems("gpt", split="a,b", load=empty)
+    assert [line.split(":")[0] for line in found] == [
+        f"--vocab-file {place.corpus.vocab_file} does not exist",
+        "--split 'a,b'",
+        f"--load {empty}",
+    ]
+
+
 def test_warnings_are_of_what_training_lives_with(
     place: Place, train: Callable[..., tuple[int, list[str]]]
 ) -> None:
