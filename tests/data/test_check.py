@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron.data import IndexedDataset, build_indexed_dataset, indexed_dataset
+from megatron.data.build import Source
+from megatron.data.gpt_build import GPTRule
 from megatron.data.indexed_dataset import pieces
+from megatron.data.sample_map import build_sentence_map, holds_sentences
 from megatron.data.token_check import look_at_tokens
 from megatron.errors import DataError
-from tests.data.support import EXAMPLES
+from tests.data.support import EXAMPLES, data_config
 
 PIECE, MANY = 8, 800
 
@@ -95,3 +98,40 @@ def test_tokens_are_counted_until_there_are_enough(
     enough = data.draw(st.integers(0, 100))
     counted = dataset.count_tokens(part, enough=enough)
     assert min(tokens, enough) <= counted <= tokens
+
+
+@given(
+    documents=st.lists(st.integers(0, 4), min_size=1, max_size=30),
+    part=st.tuples(st.integers(0, 30), st.integers(0, 30)).map(sorted),
+    least=st.integers(1, 3),
+)
+@settings(EXAMPLES, max_examples=60)
+def test_documents_without_sentences_are_those_of_an_empty_map(
+    tmp_path: Path, documents: list[int], part: list[int], least: int
+) -> None:
+    with build_indexed_dataset(tmp_path / "d", "u2") as builder:
+        builder.add(np.zeros(sum(documents)), [1] * sum(documents), documents)
+    dataset = IndexedDataset(tmp_path / "d")
+    chosen = range(len(documents))[part[0] : part[1]]
+    samples, _ = build_sentence_map(
+        dataset,
+        chosen,
+        samples=1,
+        max_tokens=8,
+        min_sentences=least,
+        short_seq_prob=0.1,
+        seed=1,
+        cache_dir=tmp_path / "cache",
+    )
+    assert holds_sentences(dataset, chosen, least) == (len(samples) > 0)
+
+
+@pytest.mark.parametrize(("tokens", "lacks"), [(16, True), (17, False), (40, False)])
+def test_one_sample_of_gpt_takes_a_token_more_than_its_length(
+    tmp_path: Path, tokens: int, lacks: bool
+) -> None:
+    with build_indexed_dataset(tmp_path / "d", "u2") as builder:
+        builder.add(np.zeros(tokens), [1] * tokens, [1] * tokens)
+    config = data_config(tmp_path / "d", tmp_path, seq_length=16, model_type="gpt", split="1")
+    source = Source.of(config, 1.0, IndexedDataset(tmp_path / "d"))
+    assert (GPTRule(config).lacks(source.parts[0]) is not None) == lacks

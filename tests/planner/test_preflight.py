@@ -267,12 +267,26 @@ def test_a_file_is_no_directory_of_checkpoints(place: Place, flag: str) -> None:
     assert place.problems("gpt", **{flag: path}) == [f"--{flag} {path} is a file, not a directory"]
 
 
-def test_complete_index_files_serve_where_nothing_can_be_written(
+def test_index_files_serve_where_nothing_can_be_written_if_none_is_missing(
     place: Place, train: Callable[..., tuple[int, list[str]]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert train("gpt", place.words("gpt"))[0] == 0
+    flags = {"data_path": ["1", place.prefix, "2", place.prefix]}
+    assert train("gpt", place.words("gpt", **flags))[0] == 0
+    cache = place.directory / "index-cache"
+    names = [path for path in cache.iterdir() if not path.name.startswith(".")]
+    assert {path.name.split("_")[0] for path in names} == {"blend", "corpus"} and len(names) > 6
+
+    def refuse(self: Path, *args: object, **kwargs: object) -> None:
+        raise PermissionError(13, "Permission denied", str(self))
+
     monkeypatch.setattr("megatron.data.check.why_not_writable", lambda directory: "read-only")
-    assert place.problems("gpt") == []
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert place.problems("gpt", **flags) == []
+    for path in names:
+        hidden = path.rename(path.with_suffix(".hidden"))
+        (line,) = place.problems("gpt", **flags)
+        assert line.startswith(f"{cache}: cannot write index files there (Permission denied)")
+        hidden.rename(path)
     place.corpus.vocab_file.unlink()
     assert "read-only, so that training can only use index files" in place.problems("gpt")[-1]
 
@@ -335,8 +349,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_in_trainings_words(
 
 
 def test_a_checkpoint_of_another_layout_is_no_problem(place: Place, saved: Path) -> None:
+    # Two replicas, whose two samples each make the four of the run that saved.
     flags = {"tensor_model_parallel_size": 2, "pipeline_model_parallel_size": 2, "world_size": 8}
-    config = place.config("gpt", load=saved.parent, use_distributed_optimizer=True, **flags)
+    flags |= {"use_distributed_optimizer": True, "global_batch_size": None}
+    config = place.config("gpt", load=saved.parent, **flags)
     assert preflight(config, GPTPretraining(config), 8, None) == []
 
 
