@@ -36,13 +36,13 @@ class TrainConfig:
     )
     exit_duration_in_mins: float | None = flag(
         "end the run, saving first, at the first report after this many minutes, counted from the "
-        "start of the program; with exit-signal-handler two steps after them at most",
+        "start of the program; with exit-signal-handler within three steps after them",
         default=None,
         bounds="(0, inf)",
     )
     exit_signal_handler: bool = flag(
-        "on SIGTERM or SIGUSR1 end the run after two steps at most, saving first, with exit code "
-        "0; without it on SIGUSR1 alone, at the next report",
+        "on SIGTERM or SIGUSR1 end the run within three steps, saving first, with exit code 0; "
+        "without it on SIGUSR1 alone, at the next report",
         default=False,
     )
 

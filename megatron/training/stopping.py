@@ -5,10 +5,10 @@ some of them. So they tell each other what they know, by an all-reduce over all 
 
 With --exit-signal-handler it starts after each step and is looked at one step later: nobody waits
 for it, since the device has a step to compute while the host looks. A signal in one step is known
-everywhere after the next one, and as it may come just too late for the step that it falls into, the
-run ends after two steps at most, and the time that a checkpoint takes. A step of an evaluation
-counts as one: the evaluation is broken off. The run that goes on from the checkpoint repeats it
-only if it was the last one, on the test set.
+everywhere after the next one. So the run ends with the step after the one that a signal falls into,
+by the count of the host, which on an accelerator is a step ahead: within three steps, and the time
+that a checkpoint takes. A step of an evaluation counts as one: the evaluation is broken off. The
+run that goes on from the checkpoint repeats it only if it was the last one, on the test set.
 
 Without the flag the ranks ask each other where they report together, at the end of each
 --log-interval, and wait for the answer there. An evaluation is then finished first.
@@ -192,7 +192,7 @@ class _Largest:
         if self._arrived is None:
             self._pending.wait()
         else:
-            with waiting(wait_for("what the others know of the run's end", self._world)):
+            with waiting(wait_for("word whether the run ends", self._world)):
                 self._arrived.synchronize()
         return int(self._seen)
 

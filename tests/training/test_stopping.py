@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 import pretrain_bert
@@ -134,6 +135,44 @@ def test_the_host_waits_for_no_device() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stopping(1) is None
         assert stopping(2) is not None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_brings_the_word_to_the_host() -> None:
+    with _stopping(ParallelState.single("cuda"), exit_signal_handler=True) as stopping:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            assert [stopping(1), stopping(2)] == [None, None]
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert stopping(3) is None
+            assert stopping(4) is not None
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(
+    ("error", "obeyed", "raised"),
+    [(RuntimeError(), False, True), (RuntimeError(), True, False), (ValueError(), False, False)],
+    ids=["lost", "of its own, at the end", "of its own"],
+)
+def test_a_rank_that_is_ended_since_another_was_lost_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, obeyed: bool, raised: bool
+) -> None:
+    ended: list[int] = []
+    monkeypatch.setattr(signal, "raise_signal", ended.append)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "7")
+
+    def run() -> None:
+        with Signals(with_sigterm=True) as signals:
+            os.kill(os.getpid(), signal.SIGTERM)
+            signals.obeyed = obeyed
+            raise error
+
+    with pytest.raises(type(error)):
+        run()
+    # torchrun is free to end it from now on, as it does without the flag.
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert ended == [signal.SIGTERM] * raised
 
 
 AT_A_SAMPLE = """
