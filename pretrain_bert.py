@@ -16,15 +16,15 @@ from megatron.planner.command import pretrain_or_plan
 from megatron.training import BertPretraining
 
 
-def main() -> None:
-    """From the command line to trained weights."""
+def main() -> int:
+    """From the command line to trained weights, or to a plan of it."""
     command = parse_command(
         prog="pretrain_bert.py",
         description="Pretrain BERT on masked tokens and sentence pairs.",
         defaults={"model_type": "bert", "tokenizer_type": "BertWordPieceLowerCase"},
         required=("data_path", "vocab_file"),
     )
-    pretrain_or_plan(command, BertPretraining)
+    return pretrain_or_plan(command, BertPretraining)
 
 
 if __name__ == "__main__":

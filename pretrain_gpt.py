@@ -19,15 +19,15 @@ from megatron.planner.command import pretrain_or_plan
 from megatron.training import GPTPretraining
 
 
-def main() -> None:
-    """From the command line to trained weights."""
+def main() -> int:
+    """From the command line to trained weights, or to a plan of it."""
     command = parse_command(
         prog="pretrain_gpt.py",
         description="Pretrain GPT on the next token.",
         defaults={"model_type": "gpt", "tokenizer_type": "GPT2BPETokenizer"},
         required=("data_path",),
     )
-    pretrain_or_plan(command, GPTPretraining)
+    return pretrain_or_plan(command, GPTPretraining)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from megatron.planner.command import pretrain_or_plan
 from megatron.training import T5Pretraining
 
 
-def main() -> None:
-    """From the command line to trained weights."""
+def main() -> int:
+    """From the command line to trained weights, or to a plan of it."""
     command = parse_command(
         prog="pretrain_t5.py",
         description="Pretrain T5 on spans that were cut out.",
@@ -29,7 +29,7 @@ def main() -> None:
         },
         required=("data_path",),
     )
-    pretrain_or_plan(command, T5Pretraining)
+    return pretrain_or_plan(command, T5Pretraining)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,11 @@ class Optimizer:
         """The factor to multiply the loss by, a float32 scalar on the device."""
         return self._scaler.scale
 
+    @property
+    def hears_all_stages(self) -> bool:
+        """Whether a step ends only once all stages have computed their gradients."""
+        return self._clip > 0 or not self._scaler.neutral
+
     @torch.no_grad()
     def step(self, lr: float) -> StepResult:
         """Update the parameters from finished gradients, which are used up by it.
@@ -111,7 +116,7 @@ class Optimizer:
         counted = (s.shard.gradients for s in self._stepped if s.shard.buffer.counted)
         squares = sum_of_squares(counted, self._state.device)
         divisor = None
-        if self._clip > 0 or not self._scaler.neutral:
+        if self.hears_all_stages:
             result, divisor = self._decide_together(squares)
         else:
             result = self._decide_by_stage(squares)

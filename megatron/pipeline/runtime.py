@@ -203,7 +203,9 @@ class PipelineRuntime:
         return [work.parts[i] for i in sorted(work.parts)]
 
     def finish(self) -> None:
-        """Wait until all that was sent has arrived; to be called before the groups are given up.
+        """Wait until all that was sent has arrived.
+
+        To be called before the groups are given up, and wherever it is known to have arrived.
 
         Raises:
             PipelineError: a receiver is gone.

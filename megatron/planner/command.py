@@ -23,6 +23,7 @@ from megatron.training.task import Task
 
 MakeTask = Callable[[Config], Task]
 
+_TOKENIZER_FILES = "--tokenizer-type", "--vocab-file", "--merge-file", "--tokenizer-model"
 _ITEM_SIZES = {"float64": 8, "float32": 4}
 
 
@@ -50,8 +51,9 @@ def plan(command: Command, make_task: MakeTask) -> int:
     made = None
     try:
         hardware = _ready(command)
-        config = with_known_vocabulary(command.config, make_task)
-        made = dry_run(config, make_task, ranks, hardware)
+        config = with_known_vocabulary(command, make_task)
+        if config is not None:
+            made = dry_run(config, make_task, ranks, hardware)
     except UserError as error:
         problems += error.problems
     found = preflight(
@@ -68,18 +70,24 @@ def plan(command: Command, make_task: MakeTask) -> int:
     return _tell(problems)
 
 
-def with_known_vocabulary(config: Config, make_task: MakeTask) -> Config:
-    """`config` with the number of tokens that it states, or that its tokenizer has.
+def with_known_vocabulary(command: Command, make_task: MakeTask) -> Config | None:
+    """The configuration with the number of tokens that it states, or that its tokenizer has.
+
+    None where the tokenizer's files are among the problems and no number is stated.
 
     Raises:
         ConfigError: neither is there, or the tokenizer has more than is stated.
         DataError: the tokenizer cannot be read.
     """
-    if config.data.tokenizer_type is not None:
+    config = command.config
+    lacking = any(problem.startswith(_TOKENIZER_FILES) for problem in command.problems)
+    if config.data.tokenizer_type is not None and not lacking:
         return with_vocabulary(config, make_task(config).vocab_size)
-    if config.model.vocab_size is None:
-        raise ConfigError("--dry-run without a tokenizer's files needs --vocab-size")
-    return config
+    if config.model.vocab_size is not None:
+        return config
+    if lacking:
+        return None
+    raise ConfigError("--dry-run without a tokenizer's files needs --vocab-size")
 
 
 def checkpoint_bytes(made: Plan) -> int:

@@ -89,6 +89,8 @@ class _Held:
 def _left_by_the_last_step(record: RankRecord, steps: Sequence[Step]) -> Counter[Edge]:
     """Bytes by edge that a step sends and never hears of: they lie until the next one sends."""
     left: Counter[Edge] = Counter()
+    if record.settles:
+        return left
     for step in steps:
         if step.sent is not None and not step.sent.is_local:
             left[step.sent.edge] += message_bytes(record, step.sent)

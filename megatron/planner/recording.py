@@ -64,6 +64,7 @@ class RankRecord:
         rest: bytes of what else lives from step to step.
         messages: bytes of what each stage sends to the next one for a micro-batch.
         batch: bytes of a micro-batch.
+        settles: whether at the end of a step all messages are known to have arrived.
     """
 
     actions: dict[Key, Segment]
@@ -76,6 +77,7 @@ class RankRecord:
     rest: int
     messages: dict[int, int]
     batch: int
+    settles: bool
 
 
 def plannable(config: Config) -> Config:
@@ -233,6 +235,7 @@ def _put_together(
             index: prod(spec.shape) * spec.dtype.itemsize for index, spec in enumerate(specs)
         },
         batch=sum(t.numel() * t.element_size() for t in batch.values()),
+        settles=trainer.optimizer.hears_all_stages,
     )
 
 

@@ -184,6 +184,9 @@ class Trainer:
         with section("optimizer"):
             learning_rate = self.learning_rates.rate(self.samples)
             update = self.optimizer.step(learning_rate)
+            if self.optimizer.hears_all_stages:
+                # So all that was sent has arrived: it is let go without waiting.
+                self.runtime.finish()
         batch_size = sent.count * self.config.train.micro_batch_size * self.state.data.size
         self.iteration += 1
         self.samples += batch_size
