@@ -38,6 +38,8 @@ def threshold(probability: float) -> int:
 
 def words(draw: Draw, count: int) -> Tensor:
     """The first `count` words of a draw, i64[count] from 0 to 2^32 - 1."""
+    if draw.key.is_meta:  # nothing but the shape is wanted
+        return torch.empty(count, dtype=torch.int64, device=draw.key.device)
     groups = torch.arange((count + 3) // 4, device=draw.key.device)
     key = [draw.key & _WORD, (draw.key >> 32) & _WORD]
     counter = [

@@ -56,6 +56,11 @@ class Recorder(TorchDispatchMode):
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._communications = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # Nothing here is ever compiled, and to see to that PyTorch would load its compiler.
+        return False
+
     def take(self) -> tuple[tuple[Event, ...], int]:
         """The events and the peak since the last call; both begin anew."""
         taken = tuple(self.events), self.peak
