@@ -13,9 +13,9 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from megatron.arguments import read_config
+from megatron.arguments import read_command
 from megatron.config import Config
-from megatron.mpu import ParallelState
+from megatron.mpu import ParallelState, ShardSpec
 from megatron.training import BertPretraining, GPTPretraining, T5Pretraining
 from megatron.training.task import Task
 
@@ -33,6 +33,11 @@ SCRIPTS = tuple(
 )
 
 
+def kind_of(script: str) -> str:
+    """bert, gpt or t5."""
+    return script.split("/")[0]
+
+
 def run(
     script: str, *flags: str, cwd: str = str(ROOT), **variables: str
 ) -> subprocess.CompletedProcess[str]:
@@ -47,17 +52,22 @@ def run(
     )
 
 
+def dry_flags(script: str) -> list[str]:
+    """The words that a dry run of the script hands to its program."""
+    dry = run(script, PYTHON="echo", DRY_RUN="1")
+    assert dry.returncode == 0, dry.stderr
+    program, *flags = dry.stdout.split()
+    assert program == f"{ROOT}/pretrain_{kind_of(script)}.py"
+    return flags
+
+
 @cache
 def planned(script: str) -> tuple[Config, int]:
     """The configuration that a dry run of the script plans, and for how many ranks."""
-    dry = run(script, PYTHON="echo", DRY_RUN="1")
-    assert dry.returncode == 0, dry.stderr
-    kind = script.split("/")[0]
-    program, switch, option, world_size, *flags = dry.stdout.split()
-    assert (program, switch, option) == (f"{ROOT}/pretrain_{kind}.py", "--dry-run", "--world-size")
-    config, notes = read_config(flags, defaults={"model_type": kind}, world_size=int(world_size))
-    assert notes == [], "an old name"
-    return config, int(world_size)
+    command = read_command(dry_flags(script), defaults={"model_type": kind_of(script)})
+    world_size = command.dry_run.world_size
+    assert world_size is not None and not command.notes and not command.problems
+    return command.config, world_size
 
 
 @cache
@@ -66,8 +76,8 @@ def parameters(script: str) -> int:
     config, _ = planned(script)
     task = TASKS[config.model.model_type](config)
     state = ParallelState.single("meta")
-    specs = [
-        parameter.shard_spec
+    specs: list[ShardSpec] = [
+        parameter.shard_spec  # type: ignore[attr-defined]
         for stage in task.stages(config)
         for parameter in task.build_model(config, state, stage).parameters()
     ]
@@ -98,7 +108,7 @@ def layout(script: str) -> str:
 def header(script: str) -> dict[str, str]:
     """The comment at the script's top: its first sentence as "title", then its fields by name."""
     lines = (EXAMPLES / f"{script}.sh").read_text(encoding="utf-8").splitlines()
-    comment = [line[2:] for line in lines[1 : lines.index("", 1) - 1]]
+    comment = [line[2:] for line in lines[1:] if line.startswith("#")]
     fields = {"title": comment[0]}
     name = ""
     for line in comment[2 : comment.index("", 2)]:
@@ -107,14 +117,19 @@ def header(script: str) -> dict[str, str]:
     return fields
 
 
+def by_size() -> list[str]:
+    """The scripts, a family after the other, by the number of parameters."""
+    families = list(TASKS)
+    return sorted(SCRIPTS, key=lambda script: (families.index(kind_of(script)), parameters(script)))
+
+
 def table() -> str:
-    """The table of examples/README.md, a family after the other, by size."""
+    """The table of examples/README.md."""
     rows = [
         "| script | source | parameters | published | layout | batch |",
         "|---|---|---|---|---|---|",
     ]
-    families = list(TASKS)
-    for script in sorted(SCRIPTS, key=lambda s: (families.index(s.split("/")[0]), parameters(s))):
+    for script in by_size():
         config, _ = planned(script)
         published = header(script)["parameters"].split("; published: ")[1]
         batch = f"{config.train.global_batch_size} x {config.data.seq_length}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import json
 import os
 import re
 import subprocess
@@ -15,14 +17,18 @@ from tests.examples.published import (
     EXAMPLES,
     ROOT,
     SCRIPTS,
+    TASKS,
+    dry_flags,
     header,
     in_words,
+    kind_of,
     layout,
     parameters,
     planned,
     run,
     table,
 )
+from tests.training.command import Command
 from tests.training.corpus import write_corpus
 
 # In millions, as the papers print it, and the unit of the last digit printed.
@@ -311,6 +317,51 @@ def test_a_script_trains_under_torchrun(tmp_path: Path) -> None:
     assert [r["iteration"] for r in records if "loss" in r] == [1, 2]
     saved = tmp_path / "run" / "checkpoints" / "latest_checkpointed_iteration.txt"
     assert saved.read_text().strip() == "2"
+
+
+def test_a_dry_run_through_the_shell(tmp_path: Path) -> None:
+    plan = tmp_path / "plan.json"
+    flags = ("--dry-run-json", str(plan))
+    given = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "HARDWARE": "a100-80gb"}
+    done = run("gpt/125m", *flags, **given, DRY_RUN="1")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(plan.read_text())
+    assert found["model"]["parameters"] == parameters("gpt/125m")
+    assert found["cluster"]["gpus"] == 32 and found["cluster"]["hardware"] == "a100-80gb"
+
+
+def thin(script: str) -> list[str]:
+    """Flags that leave a script one layer to a stage and the micro-batches that fill its pipeline.
+
+    `python -m tests.examples.full` plans the scripts whole, which takes minutes.
+    """
+    config, world_size = planned(script)
+    parallel = config.parallel
+    stages = len(TASKS[kind_of(script)](config).stages(config))
+    ranks = parallel.pipeline_model_parallel_size
+    samples = config.train.micro_batch_size * parallel.data_parallel_size(world_size)
+    flags = ["--num-layers", str(stages), "--global-batch-size", str(samples * ranks)]
+    if stages > ranks:
+        flags += ["--num-layers-per-virtual-pipeline-stage", "1"]
+    return flags + (["--decoder-num-layers", "1"] if kind_of(script) == "t5" else [])
+
+
+@pytest.mark.parametrize("script", ALL)
+def test_every_script_runs_dry(
+    script: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = Command(importlib.import_module(f"pretrain_{kind_of(script)}"), capfd, monkeypatch)
+    plan = tmp_path / "plan.json"
+    code = command([*dry_flags(script), *thin(script), "--dry-run-json", str(plan)])
+    assert code == 0, command.err
+    found = json.loads(plan.read_text())
+    config, world_size = planned(script)
+    assert found["cluster"]["gpus"] == world_size and found["fits"]
+    assert len(found["ranks"]) == config.parallel.pipeline_model_parallel_size
+    assert found["step"]["seconds"] > 0
 
 
 def test_the_shell_reads_every_script() -> None:
