@@ -99,17 +99,20 @@ class PartBook:
         """The record of each part, of micro-batches of so many samples."""
         key = way, samples
         if key not in self._scaled:
-            one, two = self._record(way, 1), self._record(way, 2)
-            scaled = {name: _extended(one[name], two[name], samples) for name in one}
-            is_whole = all(part is not None for part in scaled.values())
-            found = (
-                {name: part for name, part in scaled.items() if part is not None}
-                if is_whole
-                else dict(self._record(way, samples))
-            )
+            found = dict(self._record(way, min(samples, 2)))
+            if samples > 2:
+                one = self._record(way, 1)
+                scaled = {name: _extended(one[name], two, samples) for name, two in found.items()}
+                is_whole = all(part is not None for part in scaled.values())
+                found = {name: part for name, part in scaled.items() if part is not None}
+                found = found if is_whole else dict(self._record(way, samples))
             for name in ("layer", "decoder_layer"):
                 if f"{name}s" in found:
                     found[f"next_{name}"] = _following(found[name], found[f"{name}s"])
+            embedding = Embedding.of(self._base, way.tensor)
+            for name in WITH_EMBEDDING[1:]:
+                if name in found:
+                    found[f"shared_{name}"] = _without_copy(found[name], embedding)
             self._scaled[key] = found
         return self._scaled[key]
 
@@ -120,7 +123,7 @@ class PartBook:
         stages = task.stages(config)
         samples = layout.micro_batch_size
         parts = self.parts(Way.of(layout), samples)
-        compose = _Composition(parts, layout, topology, stages, Embedding.of(config)).rank
+        compose = _Composition(parts, layout, topology, stages).rank
         batch = config.train.global_batch(topology.data)
         return Recorded(
             config,
@@ -170,8 +173,22 @@ def _probe(base: Config, way: Way, samples: int) -> tuple[Config, tuple[str, ...
     return replace(base, model=model, parallel=parallel, train=train), names
 
 
-def part_names(stage: Stage) -> list[str]:
-    """The parts of a stage, in the order of its forward pass."""
+def part_names(own: Sequence[Stage]) -> list[list[str]]:
+    """The parts of each of a rank's stages, in the order of its forward pass.
+
+    "shared_" stands before those that find their word embedding in a part before them.
+    """
+    found, has_embedding = list[list[str]](), False
+    for stage in own:
+        found.append([])
+        for name in _part_names(stage):
+            is_shared = has_embedding and name in WITH_EMBEDDING
+            has_embedding |= name in WITH_EMBEDDING
+            found[-1].append(f"shared_{name}" if is_shared else name)
+    return found
+
+
+def _part_names(stage: Stage) -> list[str]:
     two_stacks = stage.split is not None
     return [
         *["first"] * stage.is_first,
@@ -282,7 +299,6 @@ class _Composition:
         layout: Layout,
         topology: Topology,
         stages: Sequence[Stage],
-        embedding: Embedding,
     ) -> None:
         self._topology, self._stages = topology, stages
         self._is_spread = layout.use_distributed_optimizer
@@ -291,7 +307,6 @@ class _Composition:
         # What the update works on, against the recording.
         self._shard = REPLICAS / topology.data if self._is_spread else float(REPLICAS)
         self._parts = parts
-        self._embedding = embedding
         self._limit = 0
         hidden = parts["first"].messages
         self._messages = {s.index: hidden[_hidden_of(s, len(hidden))] for s in stages}
@@ -300,7 +315,7 @@ class _Composition:
         """The record of a rank of the pipeline."""
         topology = self._topology
         own = [stage for stage in self._stages if stage.index % topology.pipeline == place]
-        held = self._held([part_names(stage) for stage in own])
+        held = [[self._parts[name] for name in inside] for inside in part_names(own)]
         everything = list(chain.from_iterable(held))
         groups = _groups(topology, place)
         self._limit = self._pieces(everything)
@@ -333,20 +348,6 @@ class _Composition:
             messages=self._messages,
             batch=max(part.batch for part in everything),
         )
-
-    def _held(self, names: Sequence[Sequence[str]]) -> list[list[RankRecord]]:
-        """The parts of a rank's stages, which share one word embedding."""
-        held, has_embedding = [], False
-        for inside in names:
-            held.append([])
-            for name in inside:
-                part = self._parts[name]
-                if name in WITH_EMBEDDING:
-                    held[-1].append(_without_copy(part, self._embedding) if has_embedding else part)
-                    has_embedding = True
-                else:
-                    held[-1].append(part)
-        return held
 
     def _action(
         self, stage: Stage, numbered: Sequence[tuple[int, RankRecord]], kind: Kind, at: str
@@ -434,9 +435,9 @@ class Embedding:
     bytes: int
 
     @classmethod
-    def of(cls, config: Config) -> Embedding:
-        """That of a model."""
-        tensor, model = config.parallel.tensor_model_parallel_size, config.model
+    def of(cls, config: Config, tensor: int) -> Embedding:
+        """That of a model on so many tensor ranks."""
+        model = config.model
         elements = model.padded_vocab_size(tensor) * model.hidden_size
         return cls(elements, elements // tensor * getattr(torch, model.dtype).itemsize)
 
