@@ -32,6 +32,8 @@ _PRODUCTS: dict[Any, tuple[int, int]] = {
     aten.baddbmm.default: (1, 2),
     aten._scaled_mm.default: (0, 1),
 }
+# Only change tensors, and PyTorch cannot call them on meta, where there is nothing to change.
+_UNKNOWN_TO_META = (aten._fused_sgd_.default,)
 # Products of a fused attention: scores and context; backward the scores again, and four gradients.
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5
 _WITHOUT_READING = ("zero_", "fill_", "zeros", "ones", "full", "zeros_like", "ones_like", "arange")
@@ -74,7 +76,7 @@ class Recorder(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        result = None if func in _UNKNOWN_TO_META else func(*args, **(kwargs or {}))
         inputs = [t for t in _tensors((args, kwargs)) if t.is_meta]
         outputs = [t for t in _tensors(result) if t.is_meta]
         if inputs or outputs:

@@ -157,10 +157,10 @@ def _record(
     said: Sequence[Names],
 ) -> RankRecord:
     recorder = Recorder()
-    choice = "torch" if device_type == "cpu" else config.train.kernels
+    by_kernels = device_type == "cuda" and config.train.kernels not in ("torch", "apex")
     with (
         one_rank(topology, rank, device_type, recorder, said) as state,
-        kernels.using(choice if choice in ("torch", "apex") else "auto", META),
+        kernels.using("auto" if by_kernels else "torch", META),
     ):
         recorder.names = group_names(state)
         batch = task.blank_batch(config, META)
