@@ -249,7 +249,7 @@ def _torch_sgd(options: OptimizerConfig, stepped: Sequence[Stepped]) -> torch.op
     )
     # On meta, where a run is only planned, PyTorch's check would refuse what then works.
     if any(each.weights.is_meta for each in stepped):
-        sgd._need_device_dtype_check_for_fused = False  # type: ignore[attr-defined]
+        sgd._need_device_dtype_check_for_fused = False
     if options.sgd_momentum > 0:
         # A buffer that torch makes by itself in a skipped first step is left uninitialised.
         for each in stepped:
