@@ -337,7 +337,9 @@ def _as_in_the_step_before(traces: RankTraces) -> Trace:
     started = {event.number for event in everything if isinstance(event, Communication)}
     awaited = {event.number for event in everything if isinstance(event, Wait)}
     left = {event.number for event in traces.after if isinstance(event, Communication)} - awaited
-    numbers = dict(zip(sorted(left), sorted(awaited - started), strict=False))
+    # What is sent at the end of a step is awaited in the next; what else is, was sent earlier.
+    carried = zip(sorted(left, reverse=True), sorted(awaited - started, reverse=True), strict=False)
+    numbers = dict(carried)
     return tuple(
         replace(event, number=numbers.get(event.number, event.number))
         if isinstance(event, Communication)

@@ -233,7 +233,9 @@ def test_sums_of_gradients_run_beside_the_last_backward_pass(
 def test_parameters_arrive_beside_what_comes_before_they_are_needed(carried: int) -> None:
     """Whether the step that was recorded counts from 1 or goes on with the one before it."""
     gather = sending(2.0, 9, ranks=(0, 8), group="data")
-    traces = pipeline(1, before=(reading(0.5),), first=(Wait(carried),), after=(gather,))
+    message_of_the_step_before = Wait(3)
+    before = (message_of_the_step_before, reading(0.5))
+    traces = pipeline(1, before=before, first=(Wait(carried),), after=(gather,))
     found = step_time(make_schedule("1f1b", 1, 4), traces, FREE)
     assert found.seconds == pytest.approx(0.5 + 1.5 + 4 * 3)
     assert found.before == pytest.approx(2.0)
