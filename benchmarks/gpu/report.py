@@ -171,7 +171,15 @@ def _training(name: str, training: Found) -> str:
         "GiB",
         "ours is faster by",
     ]
-    return f"## {name}\n\n{_table(header, rows)}"
+    return f"## {name}\n\n{_table(header, rows)}\n\n{_planned(training)}"
+
+
+def _planned(training: Found) -> str:
+    plan = training["planned"]
+    return (
+        f"A dry run for {plan['for']} says {training['tokens'] / plan['seconds']:.0f} tokens/s "
+        f"and {plan['peak_gib']:.1f} GiB."
+    )
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

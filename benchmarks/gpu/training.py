@@ -15,10 +15,13 @@ from typing import Any
 
 from benchmarks.gpu.context import Context
 from benchmarks.gpu.machine import MATRIX
-from benchmarks.gpu.models import TRAININGS, Training
+from benchmarks.gpu.models import TASKS, TRAININGS, Training, configuration
 from benchmarks.gpu.rivals import Rival
 from benchmarks.gpu.steps import PRODUCTS, Spec
+from megatron.planner.dry_run import dry_run
+from megatron.planner.hardware import load_hardware
 
+PLANNED_FOR = "h100-sxm"
 OURS, PRODUCT = "megatron", "product"
 PEERS = ("transformers", "plain")
 ROUNDS = 4
@@ -142,6 +145,7 @@ def figures(training: Training, rivals: Sequence[Rival]) -> dict[str, Any]:
         "absent": {rival.spec.title: rival.absent for rival in rivals if rival.absent is not None},
         "goal": training.goal,
         "tokens": training.tokens,
+        "planned": planned(training),
     }
     if limit is not None:
         rate = PRODUCTS * 2.0 * size**3 / statistics.median(limit.seconds.values())
@@ -159,6 +163,15 @@ def figures(training: Training, rivals: Sequence[Rival]) -> dict[str, Any]:
             if rival.spec.contestant in PEERS and best.seconds.keys() & rival.seconds.keys()
         }
     return found
+
+
+def planned(training: Training) -> dict[str, Any]:
+    """What a dry run says of this project's step, to be held against what is measured."""
+    config = configuration(training, kernels="auto", device_type="cuda")
+    plan = dry_run(config, TASKS[training.kind], 1, load_hardware(PLANNED_FOR))
+    rank = plan.ranks[0]
+    held = rank.weights + rank.gradients + rank.optimizer + rank.activations
+    return {"for": PLANNED_FOR, "seconds": plan.step_time, "peak_gib": held / 2**30}
 
 
 def _row(training: Training, rival: Rival, limit: Rival | None, size: int) -> dict[str, Any]:

@@ -151,6 +151,8 @@ def test_goals_are_counted_as_reached_and_missed() -> None:
                 },
                 "ratios": {"plain": 1.1},
                 "absent": {"transformers": "not here"},
+                "tokens": 1000,
+                "planned": {"for": "h100-sxm", "seconds": 0.5, "peak_gib": 3.25},
             }
         },
     }
@@ -168,6 +170,7 @@ def test_goals_are_counted_as_reached_and_missed() -> None:
     assert "## Goals: 4 of 7 reached" in table
     assert table.count("**missed**") == 3
     assert "RuntimeError: a kernel" in table and "not here" in table
+    assert "A dry run for h100-sxm says 2000 tokens/s and 3.2 GiB." in table
     assert not Goal("NaN", float("nan"), 1.0).is_reached
 
 
