@@ -56,6 +56,12 @@ TORCH_FREE = (
     "megatron.mpu.topology",
     "megatron.pipeline.schedule",
     "megatron.pipeline.simulator",
+    "megatron.planner.hardware",
+    "megatron.planner.picture",
+    "megatron.planner.plan",
+    "megatron.planner.report",
+    "megatron.planner.timing",
+    "megatron.planner.trace",
 )
 
 
