@@ -34,6 +34,8 @@ from megatron.planner.timing import (
 from megatron.planner.trace import Communication, Operation
 from megatron.training.task import Task
 
+# Of a forward pass: all but the embedding, the heads and the end of the last layer.
+RECOMPUTED = 0.85
 KINDS = (Kind.FORWARD, Kind.BACKWARD, Kind.WEIGHT)
 
 
@@ -92,6 +94,11 @@ class _Figures:
             self.update + other.update,
         )
 
+    def twice_forward(self) -> _Figures:
+        """With the forward pass, nearly, once more in the backward pass."""
+        forward, backward, weight = self.device
+        return replace(self, device=(forward, backward + RECOMPUTED * forward, weight))
+
     @property
     def seconds(self) -> tuple[float, ...]:
         """Of each kind of pass."""
@@ -134,6 +141,8 @@ class Estimator:
             [self._stage(way, samples, names, parts, hidden) for names in own]
             for own in self._parts_of(layout)
         ]
+        if layout.recompute_granularity == "full" and way.recompute is None:
+            ranks = [[stage.twice_forward() for stage in stages] for stages in ranks]
         whole = [_sum(stages) for stages in ranks]
         static = [self._static(rank, layout, topology) for rank in whole]
         fullest = max(

@@ -23,7 +23,7 @@ from typing import Any
 from megatron.config import Config
 from megatron.errors import ConfigError
 from megatron.planner.dry_run import Recorded, put_together, record
-from megatron.planner.estimate import Estimator
+from megatron.planner.estimate import Estimate, Estimator
 from megatron.planner.hardware import Hardware
 from megatron.planner.known_results import KnownResults
 from megatron.planner.layouts import Layout, Layouts, divisors
@@ -36,8 +36,8 @@ SHOWN = 10
 # Layouts that are confirmed at the most, and composed for each of those wanted.
 MOST_CONFIRMED, MOST_COMPOSED = 2, 30
 # What the cheaper figures may lie too high by: of time, and of memory before a layout is given up.
-SLACK = {"estimate": 0.97, "composed": 0.995}
-MEMORY_SLACK = {"estimate": 0.97, "composed": 0.99}
+SLACK = {"looked at": 0.99, "estimate": 0.97, "composed": 0.995}
+MEMORY_SLACK = {"looked at": 0.99, "estimate": 0.97, "composed": 0.99}
 LARGEST_CLUSTER = 1 << 16
 
 Say = Callable[[str], None]
@@ -164,6 +164,7 @@ class _Race:
         self._estimator = Estimator(found.base, make_task, book, found.gpus, found.hardware)
         self._known = KnownResults()
         self._confirmed: dict[Layout, Found] = {}
+        self._fastest: dict[Layout, Estimate] = {}
         self._composed_here = 0
         self._queue: list[tuple[float, int, str, Layout]] = []
         self._order = {layout: place for place, layout in enumerate(layouts)}
@@ -200,15 +201,18 @@ class _Race:
 
     def _look_at(self, layout: Layout) -> None:
         """An estimate in the fastest way, and of the memory that does not depend on it."""
-        way = replace(
-            Way.of(layout),
+        is_full = layout.recompute_granularity == "full"
+        alike = replace(
+            layout,
             sequence_parallel=layout.tensor_model_parallel_size > 1 and self._can_split(layout),
-            recompute=None,
-            is_split=False,
+            recompute_granularity="full" if is_full else None,
         )
-        estimate = self._estimator.estimate(layout, way)
+        if alike not in self._fastest:
+            way = replace(Way.of(alike), recompute=None, is_split=False)
+            self._fastest[alike] = self._estimator.estimate(alike, way)
+        estimate = self._fastest[alike]
         if self._fits(layout, estimate.static, "estimate"):
-            self._push(SLACK["estimate"] * estimate.seconds, "looked at", layout)
+            self._push(SLACK["looked at"] * estimate.seconds, "looked at", layout)
 
     def _can_split(self, layout: Layout) -> bool:
         data, tensor = self._found.base.data, layout.tensor_model_parallel_size
