@@ -26,7 +26,7 @@ from megatron.config.flags import flags_of
 from megatron.errors import ConfigError, exit_with
 from megatron.flag_reference import help_text
 from megatron.old_flags import OLD_FLAGS, Obsolete, Renamed, StandsFor, Unavailable
-from megatron.validation import files, find_problems, problems_of
+from megatron.validation import CHECKS, files, find_problems, problems_of
 
 _HELP = ("-h", "--help")
 _CONFIG_FILE = "config-file"
@@ -41,12 +41,15 @@ class Command:
         dry_run: whether it is only to be planned, and how.
         notes: a line about each old name.
         problems: files that are missing; only a dry run goes on with any.
+        conflicts: what flags say against each other or against the number of ranks, so that no
+            plan can be made; only a dry run goes on with any, to find what else is wrong.
     """
 
     config: Config
     dry_run: DryRunConfig
     notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
+    conflicts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,15 +141,15 @@ def read_command(
 
     defaults, required: as for `parse_config`.
     Raises ConfigError with every problem that `argv` and its configuration file have; but for a
-    dry run, files that are missing do not make a plan impossible.
+    dry run only where some flag cannot be made sense of by itself.
     """
     problems: list[str] = []
     defaults = defaults or {}
-    words = _split(argv, problems)
+    words = _with_files(_split(argv, problems), problems)
     dry_run = _dry_run(words, problems)
     if dry_run.dry_run:
         required, world_size = (), dry_run.world_size or world_size
-    given = _with_files([each for each in words if not _is_of_dry_run(each)], problems)
+    given = [each for each in words if not _is_of_dry_run(each)]
     current, notes = _renamed(given, problems)
     flags = all_flags()
     values = {name: flag.default for name, flag in flags.items() if not flag.required}
@@ -173,27 +176,38 @@ def read_command(
         del values["model_type"]
     if dry_run.dry_run and not _names_data(values):
         values["tokenizer_type"] = None  # its files are not asked for
-    in_files = files.checks if dry_run.dry_run else []
-    problems += find_problems(values, world_size, leaving_out=in_files)
-    if problems:
-        raise ConfigError(dict.fromkeys(problems))
-    missing = problems_of(in_files, values)
-    return Command(Config.from_flags(values), dry_run, tuple(notes), tuple(missing))
+    if not dry_run.dry_run:
+        problems += find_problems(values, world_size)
+        if problems:
+            raise ConfigError(dict.fromkeys(problems))
+        return Command(Config.from_flags(values), dry_run, tuple(notes))
+    wrong = find_problems(values, world_size, leaving_out=CHECKS)
+    conflicts = find_problems(values, world_size, leaving_out=files.checks)[len(wrong) :]
+    missing = problems_of(files.checks, values)
+    if problems or wrong:
+        raise ConfigError(dict.fromkeys([*problems, *wrong, *conflicts, *missing]))
+    return Command(
+        Config.from_flags(values), dry_run, tuple(notes), tuple(missing), tuple(conflicts)
+    )
 
 
 def _dry_run(given: list[Given], problems: list[str]) -> DryRunConfig:
     flags = {flag.option[2:]: flag for flag in flags_of(DryRunConfig)}
+    asked = [each for each in given if each.name in flags]
     values = {}
-    for each in filter(_is_of_dry_run, given):
+    for each in asked:
         flag = flags[each.name]
         try:
-            values[flag.name] = flag.read(each.raw)
-            problems += flag.problems(values[flag.name])
+            value = flag.read(each.raw)
+            found = [*flag.problems(value)]
         except ConfigError as error:
-            problems += error.problems
-    if values and not values.get("dry_run"):
-        options = (flags[_dashed(name)].option for name in values if name != "dry_run")
-        problems += (f"{option} is for --dry-run" for option in options)
+            found = [*error.problems]
+        problems += (each.where + line for line in found)
+        if not found:
+            values[flag.name] = value
+    # With --dry-run false, one that a file asks for is called off, whatever else the file says.
+    if not any(each.name == "dry-run" for each in asked):
+        problems += (f"{each.where}--{each.name} is for --dry-run" for each in asked)
     return DryRunConfig(**values)
 
 

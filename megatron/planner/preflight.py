@@ -69,6 +69,17 @@ def preflight(
     return list(dict.fromkeys(problems))
 
 
+def on_one_rank(config: Config, data_parallel_size: int) -> Config:
+    """The configuration on one rank, which takes the batch of so many data-parallel ones."""
+    train = config.train
+    batch = train.global_batch(data_parallel_size)
+    return replace(
+        config,
+        parallel=ParallelConfig(),
+        train=replace(train, global_batch_size=batch, cuda_graphs=False),
+    )
+
+
 def _named_files(config: Config) -> list[str]:
     """What is missing of the tokenizer's files; the datasets' are looked at one by one."""
     data = config.data
@@ -116,7 +127,7 @@ def _find_start(config: Config, task: Task, replicas: int) -> tuple[Start, list[
     """From where the run goes on, and what keeps the checkpoint, or the model, from being used."""
     train = config.train
     problems = mistakes_of(lambda: files.checkpoint_directories_are_usable(train.save, train.load))
-    if any(line.startswith("--load") for line in problems):
+    if train.load is None or any(line.startswith("--load") for line in problems):
         return Start(), problems
     try:
         return Start(*find_start(_without_memory(config, task, replicas))), problems
@@ -126,14 +137,9 @@ def _find_start(config: Config, task: Task, replicas: int) -> tuple[Start, list[
 
 def _without_memory(config: Config, task: Task, replicas: int) -> Trainer:
     """What one process would train, on a device of shapes alone."""
-    model, train = config.model, config.train
-    alone = replace(
-        config,
-        # A checkpoint has no layout. What needs a GPU is not to be found out here.
-        parallel=ParallelConfig(),
-        model=replace(model, vocab_size=_vocabulary(config), fp8_format=None),
-        train=replace(train, global_batch_size=train.global_batch(replicas), cuda_graphs=False),
-    )
+    model = replace(config.model, vocab_size=_vocabulary(config), fp8_format=None)
+    # A checkpoint has no layout. What needs a GPU is not to be found out here.
+    alone = on_one_rank(replace(config, model=model), replicas)
     return Trainer(alone, task, ParallelState.single("meta"))
 
 

@@ -1,13 +1,4 @@
-"""What a plan says: as text for a terminal of 100 columns, and as JSON for programs.
-
-The text begins with the model, the cluster and the batch,
-
-    GPT, 1,008.0 B parameters: 128 layers, hidden 25600, 160 heads, sequence 2048, vocabulary 51200
-    3072 x a100-80gb, 384 nodes: tensor 8 x pipeline 64 x data 6
-    batch 3072 = data 6 x 512 micro-batches of 1; 1f1b schedule; float16, full recomputation
-
-goes on with two tables, of what the ranks of the pipeline hold and of what they send, and ends with
-what a step costs. Neighbouring ranks that are alike share a line or a column. It needs no colours.
+"""What a plan says: the figures and lines that its text and its picture share, and its JSON.
 
 This file imports no torch.
 """
@@ -15,21 +6,16 @@ This file imports no torch.
 from __future__ import annotations
 
 import math
-import textwrap
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from megatron.planner.plan import CommunicationTotal, Plan, RankPlan
+    from megatron.planner.plan import Plan, RankPlan
 
 # What a rank's memory is made of: names of a RankPlan's fields, in bytes.
 MEMORY = ("weights", "gradients", "optimizer", "activations")
-WIDTH = 100
-# More lines than this are folded further; more columns go into another table, or are left out.
-MOST_LINES, COLUMNS, MOST_COLUMNS = 16, 3, 6
-LONGEST_PLACES = 13
+WIDTH = 100  # columns of a terminal, which texts are made for
 TERA, SECONDS_PER_DAY = 1e12, 86400
 
 
@@ -52,7 +38,8 @@ def unit_for(largest: float, units: Sequence[Unit]) -> Unit:
     return next((unit for unit in units if largest >= unit.size), units[-1])
 
 
-def _in_units(amount: float, units: Sequence[Unit], digits: int = 2) -> str:
+def in_units(amount: float, units: Sequence[Unit], digits: int = 2) -> str:
+    """An amount in the unit that fits it."""
     unit = unit_for(amount, units)
     return f"{amount / unit.size:,.{digits}f} {unit.name}"
 
@@ -93,15 +80,21 @@ def tokens_per_step(plan: Plan) -> int:
 
 
 def steps_of_run(plan: Plan) -> int | None:
-    """Steps of the whole run, as if its batch were full from the start; None where not stated."""
+    """Whole steps of the run, as if its batch were full from the start; None where not stated."""
     train = plan.config.train
     if train.train_samples is not None:
-        return math.ceil(train.train_samples / batch_size(plan))
+        return train.train_samples // batch_size(plan)
     return train.train_iters
 
 
-def _executed_tflops(plan: Plan) -> float:
+def executed_tflops(plan: Plan) -> float:
+    """Operations per second of one GPU, recomputation included, in 10^12."""
     return plan.flops / plan.step_time / plan.topology.world_size / TERA
+
+
+def rank_word(plan: Plan) -> str:
+    """What a rank is: a GPU, or with --use-cpu a process."""
+    return "process" if plan.config.parallel.use_cpu else "GPU"
 
 
 # The head lines, which are also those of the picture.
@@ -114,7 +107,7 @@ def model_line(plan: Plan) -> str:
     if model.model_type == "t5":
         layers, length = f"{layers} + {model.decoder_layers}", f"{length} + {data.decoder_length}"
     return (
-        f"{model.model_type.upper()}, {_in_units(plan.parameters, COUNT_UNITS, 1)} parameters: "
+        f"{model.model_type.upper()}, {in_units(plan.parameters, COUNT_UNITS, 1)} parameters: "
         f"{layers} layers, hidden {model.hidden_size}, {model.num_attention_heads} heads, "
         f"sequence {length}, vocabulary {model.vocab_size}"
     )
@@ -126,8 +119,9 @@ def layout_line(plan: Plan) -> str:
     nodes = math.ceil(topology.world_size / hardware.gpus_per_node)
     chunks = virtual_stages(plan)
     virtual = f" x virtual {chunks}" if chunks > 1 else ""
+    on_cpu = "CPU as if it were " if plan.config.parallel.use_cpu else ""
     return (
-        f"{topology.world_size} x {hardware.name}, {nodes} node{'s' * (nodes > 1)}: "
+        f"{topology.world_size} x {on_cpu}{hardware.name}, {nodes} node{'s' * (nodes > 1)}: "
         f"tensor {topology.tensor} x pipeline {topology.pipeline}{virtual} x data {topology.data}"
     )
 
@@ -142,18 +136,20 @@ def batch_line(plan: Plan) -> str:
         "distributed optimizer": parallel.use_distributed_optimizer,
         "sharded gradients": parallel.shard_gradients,
     }
+    passes = f"{plan.micro_batches} micro-batch{'es' * (plan.micro_batches > 1)}"
     return (
-        f"batch {batch_size(plan)} = data {plan.topology.data} x {plan.micro_batches} "
-        f"micro-batches of {train.micro_batch_size}; {parallel.schedule} schedule; "
+        f"batch {batch_size(plan)} = data {plan.topology.data} x {passes} "
+        f"of {train.micro_batch_size}; {parallel.schedule} schedule; "
         + ", ".join(name for name, is_on in switches.items() if is_on)
     )
 
 
 def result_line(plan: Plan) -> str:
     """What a step costs, and whether it fits."""
+    rate = f"{plan.tflops_per_gpu:,.1f} TFLOP/s per {rank_word(plan)}"
     return (
         f"step {seconds_text(plan.step_time)}, bubble {100 * plan.bubble:.1f} %, "
-        f"{plan.tflops_per_gpu:,.1f} TFLOP/s per GPU, MFU {100 * plan.mfu:.1f} %; {fit_line(plan)}"
+        f"{rate}, MFU {100 * plan.mfu:.1f} %; {fit_line(plan)}"
     )
 
 
@@ -172,187 +168,6 @@ def fit_line(plan: Plan) -> str:
 def seconds_text(seconds: float) -> str:
     """A time with its unit."""
     return f"{seconds:,.2f} s" if seconds >= 1 else f"{1000 * seconds:,.2f} ms"
-
-
-# The text.
-
-
-def print_plan(plan: Plan, out: TextIO) -> None:
-    """Writes the plan to `out` as text, in lines of up to 100 columns."""
-    head = [model_line(plan), layout_line(plan), batch_line(plan)]
-    blocks = [
-        [line for long in head for line in _wrapped(long)],
-        _memory_lines(plan),
-        *_communication_blocks(plan),
-        _step_lines(plan),
-        textwrap.wrap(_basis(plan), WIDTH),
-    ]
-    out.write("\n\n".join("\n".join(block) for block in blocks) + "\n")
-
-
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False)
-
-
-def _memory_lines(plan: Plan) -> list[str]:
-    """The table of what each rank holds, and the verdict."""
-    folded = _folded(plan.ranks, lambda rank: (rank.parameters, *_parts(rank)))
-    is_short = len(folded) <= MOST_LINES
-    if not is_short:
-        folded = _folded(plan.ranks, lambda rank: (rank.parameters, *_parts(rank)[:-1]))
-    usable = usable_bytes(plan)
-    unit = unit_for(max(map(peak_bytes, plan.ranks)), MEMORY_UNITS)
-    header = ["ranks", "stages", "parameters", *MEMORY, "sum", f"of {usable / unit.size:,.1f}"]
-    rows = [header]
-    for group in folded:
-        fullest = max(group, key=peak_bytes)
-        spare = (usable - peak_bytes(fullest)) / unit.size
-        amounts = (*_parts(fullest), peak_bytes(fullest))
-        rows.append(
-            [
-                _places(rank.rank for rank in group),
-                _places(stage for rank in group for stage in rank.stages),
-                _in_units(fullest.parameters, COUNT_UNITS),
-                *(f"{amount / unit.size:,.2f}" for amount in amounts),
-                "fits" if spare >= 0 else f"{-spare:,.2f} over",
-            ]
-        )
-    note = "Ranks that differ in nothing but activations share a line, which shows the fullest."
-    whole = " (parameters: of its tensor ranks together)" if plan.topology.tensor > 1 else ""
-    return [
-        f"Memory of a GPU in {unit.name}, by rank of the pipeline{whole}",
-        *_table(rows, align="<<>"),
-        *([] if is_short else [note]),
-        fit_line(plan),
-    ]
-
-
-def _parts(rank: RankPlan) -> tuple[int, ...]:
-    return tuple(getattr(rank, name) for name in MEMORY)
-
-
-def _communication_blocks(plan: Plan) -> list[list[str]]:
-    """Tables of what the ranks send, with a pair of columns for each distinct kind of rank."""
-    folded = _folded(plan.ranks, lambda rank: rank.communications)
-    title = "Communication of a GPU in a step, by rank of the pipeline"
-    if not any(rank.communications for rank in plan.ranks):
-        return [["No communication: one GPU has all."]]
-    if len(folded) > MOST_COLUMNS:
-        title += f"; of {len(folded)} kinds of ranks the one that moves the most"
-        folded = [max(folded, key=lambda group: sum(c.bytes for c in group[0].communications))]
-    most = math.ceil(len(folded) / math.ceil(len(folded) / COLUMNS))
-    first, *others = (
-        _communication_table(folded[i : i + most]) for i in range(0, len(folded), most)
-    )
-    return [[title, *first], *others]
-
-
-def _communication_table(folded: Sequence[Sequence[RankPlan]]) -> list[str]:
-    def key(total: CommunicationTotal) -> tuple[str, int, str]:
-        return total.group, total.ranks, total.kind
-
-    columns = [{key(total): total for total in group[0].communications} for group in folded]
-    keys = dict.fromkeys(each for column in columns for each in column)
-    largest = max((t.bytes for column in columns for t in column.values()), default=0)
-    unit = unit_for(largest, MEMORY_UNITS)
-    names = [f"rank{'s' * (len(group) > 1)} {_places(r.rank for r in group)}" for group in folded]
-    rows = [["", "", ""], ["group", "kind", "GPUs"]]
-    for name in names:
-        rows[0] += ["", name]
-        rows[1] += ["calls", unit.name]
-    for each in keys:
-        group, ranks, kind = each
-        rows.append([group, kind, str(ranks)])
-        for column in columns:
-            total = column.get(each)
-            rows[-1] += (
-                [f"{total.count:,}", _amount(total.bytes / unit.size)] if total else ["-", "-"]
-            )
-    return _table(rows, align="<<>")
-
-
-def _amount(amount: float) -> str:
-    return "<0.01" if 0 < amount < 0.005 else f"{amount:,.2f}"
-
-
-def _step_lines(plan: Plan) -> list[str]:
-    """What a step costs, one line for each figure."""
-    dtype = plan.config.model.dtype
-    peak = plan.hardware.peak_flops(dtype) / TERA
-    more = 100 * (plan.flops / plan.model_flops - 1)
-    tokens = tokens_per_step(plan) / plan.step_time
-    rate = "TFLOP/s per GPU"
-    rows = [
-        ["time", seconds_text(plan.step_time), f"{tokens:,.0f} tokens/s"],
-        [
-            "bubble",
-            f"{100 * plan.bubble:.1f} %",
-            "of the pipeline's time, in which a GPU waits for others",
-        ],
-        ["model", _in_units(plan.model_flops, FLOP_UNITS), "without recomputation"],
-        ["", f"{plan.tflops_per_gpu:,.1f} {rate}", f"MFU {100 * plan.mfu:.1f} % of {peak:,.0f}"],
-        ["executed", _in_units(plan.flops, FLOP_UNITS), f"{more:+.1f} % to the model's"],
-        ["", f"{_executed_tflops(plan):,.1f} {rate}", ""],
-    ]
-    rows[3][2] += f" in {dtype}"
-    steps = steps_of_run(plan)
-    if steps is not None:
-        ramp = ", the batch full from the start" if plan.config.train.rampup_batch_size else ""
-        note = f"for {steps:,} steps{ramp}; evaluation and checkpoints left out"
-        rows.append(["whole run", _long_time(steps * plan.step_time), note])
-    split = [[name, *figure.split(" ", 1), note] for name, figure, note in rows]
-    return ["A step", *_table(split, align="<><<")]
-
-
-def _long_time(seconds: float) -> str:
-    units = (Unit("days", SECONDS_PER_DAY), Unit("hours", 3600), Unit("minutes", 60))
-    return _in_units(seconds, units, 1)
-
-
-def _basis(plan: Plan) -> str:
-    """What the figures rest on."""
-    hardware = plan.hardware
-    return (
-        "What this rests on: parameters, bytes and communication were recorded while the code of "
-        "training ran for every distinct kind of rank, without a device. Bytes of communication "
-        "are those of the tensor handed in, of an all-gather those of its result. Times are "
-        f"predicted from the description of {hardware.name}. Of its "
-        f"{_in_units(hardware.memory, MEMORY_UNITS)}, "
-        f"{_in_units(hardware.reserved, MEMORY_UNITS)} are set aside for CUDA, NCCL and "
-        "fragmentation. Operations are those of matrix products, two for each multiply and add, "
-        "and causal attention counts as if every position saw every other."
-    )
-
-
-def _folded(
-    ranks: Iterable[RankPlan], likeness: Callable[[RankPlan], Hashable]
-) -> list[list[RankPlan]]:
-    """Runs of neighbours that are alike."""
-    return [list(group) for _, group in groupby(ranks, likeness)]
-
-
-def _places(numbers: Iterable[int]) -> str:
-    """Numbers as ranges, `1-6, 9-14`; where those are long, the first and the last."""
-    ordered = sorted(numbers)
-    runs = [
-        [number for _, number in run]
-        for _, run in groupby(enumerate(ordered), lambda pair: pair[1] - pair[0])
-    ]
-    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
-    text = ", ".join(texts)
-    return text if len(text) <= LONGEST_PLACES else f"{texts[0]} .. {texts[-1]}"
-
-
-def _table(rows: Sequence[Sequence[str]], align: str) -> list[str]:
-    """Lines with aligned columns; `align` has a < or > for each, the last for all further ones."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    signs = align.ljust(len(widths), align[-1])
-    return [
-        "  ".join(
-            f"{cell:{sign}{width}}" for cell, sign, width in zip(row, signs, widths, strict=True)
-        ).rstrip()
-        for row in rows
-    ]
 
 
 # The JSON.
@@ -382,6 +197,7 @@ def plan_json(plan: Plan) -> dict[str, Any]:
         config         every flag, by section, as `Config.to_dict`; the schedule follows from it
 
     `ranks` of a communication are the size of its group, its bytes those of all calls together.
+    With --use-cpu, which `config` has, times, shares and limits are still those of the hardware.
     """
     return {
         "model": _model_json(plan),
@@ -464,7 +280,7 @@ def _step_json(plan: Plan) -> dict[str, Any]:
         "model_flops": plan.model_flops,
         "executed_flops": plan.flops,
         "model_tflops_per_second_per_gpu": plan.tflops_per_gpu,
-        "executed_tflops_per_second_per_gpu": _executed_tflops(plan),
+        "executed_tflops_per_second_per_gpu": executed_tflops(plan),
         "mfu": plan.mfu,
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import subprocess
@@ -13,19 +12,14 @@ from typing import Any
 import pytest
 
 from megatron.planner.plan import Plan
-from megatron.planner.report import peak_bytes, plan_json, print_plan, usable_bytes
+from megatron.planner.report import peak_bytes, plan_json, usable_bytes
+from megatron.planner.text import plan_text
 from tests.planner.plans import GIB, plan
-
-
-def _text(made: Plan) -> str:
-    out = io.StringIO()
-    print_plan(made, out)
-    return out.getvalue()
 
 
 def _block(made: Plan, title: str) -> list[str]:
     """The lines of the first block that begins so, without its title."""
-    block = next(block for block in _text(made).split("\n\n") if block.startswith(title))
+    block = next(block for block in plan_text(made).split("\n\n") if block.startswith(title))
     return block.splitlines()[1:]
 
 
@@ -47,7 +41,7 @@ PLANS = {
 
 @pytest.mark.parametrize("name", PLANS)
 def test_it_fits_a_terminal_and_needs_nothing_of_it(name: str) -> None:
-    text = _text(PLANS[name])
+    text = plan_text(PLANS[name])
     assert text.isascii()
     assert max(map(len, text.splitlines())) <= 100
     assert not re.search(" \n|\x1b", text)  # no blanks at the ends of lines, no colours
@@ -65,14 +59,14 @@ def test_figures_of_a_column_end_in_the_same_place(name: str) -> None:
 
 
 def test_the_head_says_what_is_planned() -> None:
-    head = _text(plan(ranks=64, micro_batches=128)).split("\n\n")[0].splitlines()
+    head = plan_text(plan(ranks=64, micro_batches=128)).split("\n\n")[0].splitlines()
     assert head == [
         "GPT, 1,006.7 B parameters: 128 layers, hidden 25600, 160 heads, sequence 2048, "
         "vocabulary 51200",
         "3072 x a100-80gb, 384 nodes: tensor 8 x pipeline 64 x data 6",
         "batch 768 = data 6 x 128 micro-batches of 1; 1f1b schedule; float16, full recomputation",
     ]
-    assert "pipeline 8 x virtual 3 x data 6" in _text(PLANS["interleaved"])
+    assert "pipeline 8 x virtual 3 x data 6" in plan_text(PLANS["interleaved"])
 
 
 def test_memory_is_that_of_the_plan() -> None:
@@ -98,7 +92,7 @@ def test_a_long_pipeline_is_folded_to_its_fullest_ranks() -> None:
     rows = _memory_rows(made)
     assert [row[0] for row in rows] == ["0", "1-62", "63"]
     assert rows[1][6] == f"{made.ranks[1].activations / GIB:.2f}"
-    assert "which shows the fullest" in _text(made)
+    assert "which shows the fullest" in plan_text(made)
 
 
 def test_stages_of_several_chunks_are_named() -> None:
@@ -115,12 +109,12 @@ def test_it_says_by_how_much_a_rank_does_not_fit() -> None:
         made, ranks=(replace(fullest, activations=fullest.activations + spare), *made.ranks[1:])
     )
     assert plan_json(full)["fits"]
-    assert "\nfits: rank 0 needs 78.00 of 78.00 GiB, 0.00 left\n" in _text(full)
+    assert "\nfits: rank 0 needs 78.00 of 78.00 GiB, 0.00 left\n" in plan_text(full)
     over = replace(full, hardware=replace(full.hardware, reserved_gib=2.5))
     assert not plan_json(over)["fits"]
     assert _memory_rows(over)[0][-1] == "0.50 over"
     assert [row[-1] for row in _memory_rows(over)[1:]] == ["fits"] * 3
-    assert "does not fit: rank 0 needs 78.00 of 77.50 GiB, 0.50 too much" in _text(over)
+    assert "does not fit: rank 0 needs 78.00 of 77.50 GiB, 0.50 too much" in plan_text(over)
 
 
 def test_of_many_kinds_of_ranks_the_busiest_sends() -> None:
@@ -138,7 +132,7 @@ def test_of_many_kinds_of_ranks_the_busiest_sends() -> None:
     columns = _block(replace(made, ranks=apart), "Communication")[0].strip()
     assert columns == "rank 6"
     five = replace(made, ranks=(*apart[:4], *made.ranks[4:7], made.ranks[7]))
-    text = _text(five)
+    text = plan_text(five)
     assert [text.count(f"  rank {rank}") for rank in range(4)] == [1, 1, 1, 1]
     assert "ranks 4-6" in text
 
@@ -146,18 +140,18 @@ def test_of_many_kinds_of_ranks_the_busiest_sends() -> None:
 def test_one_gpu_has_nothing_to_say_to_others() -> None:
     made = plan(ranks=1)
     silent = replace(made, ranks=(replace(made.ranks[0], communications=()),))
-    assert "No communication: one GPU has all.\n" in _text(silent)
+    assert "No communication: one GPU has all.\n" in plan_text(silent)
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
         ({"train_iters": 3}, (3, "3 steps;")),
-        ({"train_iters": None, "train_samples": 97}, (3, "3 steps;")),
+        ({"train_iters": None, "train_samples": 97}, (2, "2 steps;")),
         ({"train_iters": None}, None),
         (
             {"train_iters": None, "train_samples": 10**6, "rampup_batch_size": (6, 6, 10**4)},
-            (20834, "20,834 steps, the batch full from the start;"),
+            (20833, "20,833 steps, the batch full from the start;"),
         ),
     ],
 )
@@ -166,19 +160,19 @@ def test_the_length_of_the_run(flags: dict[str, Any], expected: tuple[int, str] 
     run = plan_json(made)["run"]
     if expected is None:
         assert run is None
-        assert "whole run" not in _text(made)
+        assert "whole run" not in plan_text(made)
         return
     steps, words = expected
     assert run["steps"] == steps
     assert run["seconds"] == pytest.approx(steps * made.step_time)
-    assert words in _text(made)
+    assert words in plan_text(made)
 
 
 def test_tokens_of_an_encoder_decoder_are_those_of_both_sequences() -> None:
     made = PLANS["encoder-decoder"]
     step = plan_json(made)["step"]
     assert step["tokens"] == 48 * (2048 + 128)
-    assert f"{step['tokens'] / made.step_time:,.0f} tokens/s" in _text(made)
+    assert f"{step['tokens'] / made.step_time:,.0f} tokens/s" in plan_text(made)
 
 
 @pytest.mark.parametrize("name", PLANS)
