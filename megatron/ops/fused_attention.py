@@ -122,11 +122,16 @@ def _planned(
         mask = mask.to(query.dtype) if mask.dtype == torch.bool else mask
     on_cpu = device_type(query) == "cpu"
     by_flash = mask is None and query.dtype in _HALF and not on_cpu
-    if key.size(1) != query.size(1) and not by_flash:
-        shared = query.size(1) // key.size(1)
+    shared = query.size(1) // key.size(1)
+    if shared > 1 and not (by_flash or on_cpu):
         key, value = (x.repeat_interleave(shared, dim=1) for x in (key, value))
     aten = torch.ops.aten
-    if on_cpu:
+    if on_cpu and mask is not None and mask.requires_grad:
+        # The CPU's fused one knows no gradient of the mask.
+        found = aten._scaled_dot_product_attention_math(
+            query, key, value, mask, dropout, causal, scale=scale, enable_gqa=shared > 1
+        )
+    elif on_cpu:
         found = aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout, causal, attn_mask=mask, scale=scale
         )

@@ -50,6 +50,7 @@ class _Held:
         self._record = record
         self._left = left
         self._inputs: dict[tuple[int, int], int] = {}
+        self._passed_on: set[Message] = set()
         self._live = self.peak = 0
         self.add(sum(left.values()))
 
@@ -67,11 +68,15 @@ class _Held:
         """Go through an action and the messages around it."""
         for message in step.post:
             self.add(message_bytes(self._record, message))
-        self._live -= sum(message_bytes(self._record, message) for message in step.delivered)
+        arrived = (message for message in step.delivered if message not in self._passed_on)
+        self._live -= sum(message_bytes(self._record, message) for message in arrived)
         self.run(segment)
         if step.sent is not None and not step.sent.is_local:
             self._live -= self._left.pop(step.sent.edge, 0)
-            self.add(message_bytes(self._record, step.sent))
+            if segment.passes_on:
+                self._passed_on.add(step.sent)  # its memory counts as the input's
+            else:
+                self.add(message_bytes(self._record, step.sent))
         self._let_go_of_input(step)
 
     def _let_go_of_input(self, step: Step) -> None:

@@ -47,12 +47,14 @@ class Recorder(TorchDispatchMode):
         events: what has happened since the last `take`.
         live: bytes of the storages that live and are no messages.
         peak: the most of `live` since the last `take`.
+        passed_on: whether since then a message has been sent in the memory of one received.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.events: list[Event] = []
         self.live = self.peak = 0
+        self.passed_on = False
         self.names: dict[dist.ProcessGroup, str] = {}
         self._sizes: dict[int, int] = {}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
@@ -66,7 +68,7 @@ class Recorder(TorchDispatchMode):
     def take(self) -> tuple[tuple[Event, ...], int]:
         """The events and the peak since the last call; both begin anew."""
         taken = tuple(self.events), self.peak
-        self.events, self.peak = [], self.live
+        self.events, self.peak, self.passed_on = [], self.live, False
         return taken
 
     def __torch_dispatch__(
@@ -93,7 +95,9 @@ class Recorder(TorchDispatchMode):
         number = self._communications
         self.events.append(Communication(kind, name, tuple(sorted(ranks)), size, number))
         if kind in ("send", "recv") and name == "pipeline":
-            self._forget(tensor.untyped_storage())
+            storage = tensor.untyped_storage()
+            self.passed_on |= kind == "send" and self._sizes.get(storage._cdata) == 0
+            self._forget(storage)
         return number
 
     def wait(self, number: int) -> None:

@@ -44,11 +44,14 @@ class Segment:
         trace: its operators and communications.
         change: bytes that live at its end and not at its start, messages of the pipeline left out.
         peak: the most bytes that live within it, beyond those at its start.
+        passes_on: whether the message that it sends lies where that lies which it has received, as
+            on a stage without layers.
     """
 
     trace: Trace
     change: int
     peak: int
+    passes_on: bool = False
 
 
 @dataclass(frozen=True)
@@ -198,9 +201,10 @@ class _Watch:
         self._current = "after" if action is None else action
 
     def _close(self) -> None:
+        live, passes_on = self._recorder.live, self._recorder.passed_on
         trace, peak = self._recorder.take()
-        live = self._recorder.live
-        self._segments[self._current] = Segment(trace, live - self._start, peak - self._start)
+        segment = Segment(trace, live - self._start, peak - self._start, passes_on)
+        self._segments[self._current] = segment
         self._start = live
 
 
