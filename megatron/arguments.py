@@ -108,7 +108,8 @@ def parse_command(
     except ConfigError as error:
         exit_with(error)
     if os.environ.get("RANK", "0") == "0":
-        sys.stderr.writelines(f"{prog}: {note}\n" for note in command.notes)
+        for note in command.notes:
+            print(f"{prog}: {note}", file=sys.stderr)
     return command
 
 

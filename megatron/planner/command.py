@@ -61,7 +61,7 @@ def plan(command: Command, make_task: MakeTask) -> int:
     problems = [*command.conflicts, *command.problems]
     hardware, own = _hardware(command)
     own += _places(wanted)
-    with _shown(f"planning for {ranks} ranks ..."):
+    with _shown(f"planning for {ranks} rank{'s' * (ranks > 1)} ..."):
         config, found = with_known_vocabulary(command, make_task)
         problems += own + found
         recorded = None

@@ -12,11 +12,12 @@ schedule gives the same file.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, NamedTuple
 
 from megatron.errors import ConfigError
@@ -30,6 +31,7 @@ from megatron.planner.report import (
     layout_line,
     model_line,
     peak_bytes,
+    rank_word,
     result_line,
     unit_for,
     usable_bytes,
@@ -278,9 +280,8 @@ def _draw_rows(
         autolim=False,
     )
     if not is_overview:
-        for rank, action, span in shown:
-            if span.start >= begin and span.end <= end:
-                _write_number(axes, timed, rank, action, span)
+        whole = [each for each in shown if each[2].start >= begin and each[2].end <= end]
+        _write_numbers(axes, timed, whole)
 
 
 def _bar(axes: Axes, ranks: int) -> float:
@@ -293,23 +294,30 @@ def _corners(rank: int, begin: float, end: float, bar: float) -> Corners:
     return ((begin, top), (end, top), (end, bottom), (begin, bottom))
 
 
-def _write_number(axes: Axes, timed: _Timed, rank: int, action: Action, span: Span) -> None:
-    """Writes the micro-batch's number into its box, where all numbers could be read."""
-    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
-    width, height = _size(axes)
-    length = (span.end - span.start) * timed.scale / (right - left) * width
-    size = min(
-        LARGEST_FONT,
-        ROOM * length / (DIGIT * timed.digits),
-        ROOM * BAR * height / (bottom - top),
-    )
-    if size >= SMALLEST_FONT:
+def _write_numbers(axes: Axes, timed: _Timed, shown: Sequence[tuple[int, Action, Span]]) -> None:
+    """Writes the micro-batches' numbers into their boxes, where these have room for them.
+
+    Long boxes have numbers of the size that half of all have room for.
+    """
+    sizes = [_room(axes, timed, span) for _, _, span in shown]
+    largest = min(LARGEST_FONT, median([s for s in sizes if s >= SMALLEST_FONT] or [0.0]))
+    for (rank, action, span), size in zip(shown, sizes, strict=True):
+        if size < SMALLEST_FONT:
+            continue
         is_dark = _lightness(timed.colors[action.stage, action.kind]) <= 0.55
         axes.text(
             (span.start + span.end) / 2 * timed.scale, rank, str(action.micro_batch),
-            ha="center", va="center_baseline", fontsize=size, color=PAPER if is_dark else INK,
-            zorder=3,
+            ha="center", va="center_baseline", fontsize=min(size, largest),
+            color=PAPER if is_dark else INK, zorder=3,
         )  # fmt: skip
+
+
+def _room(axes: Axes, timed: _Timed, span: Span) -> float:
+    """The largest size, in points, that the longest number can have in a box."""
+    (left, right), (bottom, top) = axes.get_xlim(), axes.get_ylim()
+    width, height = _size(axes)
+    length = (span.end - span.start) * timed.scale / (right - left) * width
+    return min(ROOM * length / (DIGIT * timed.digits), ROOM * BAR * height / (bottom - top))
 
 
 def _name_ranks(axes: Axes, ranks: int) -> None:
@@ -384,7 +392,7 @@ def _draw_memory(axes: Axes, plan: Plan) -> None:
     axes.set_xlim(0, 1.14 * max(total, *peaks))
     axes.set_ylim(len(peaks) - 0.5, -0.5)
     axes.set_yticks([])
-    axes.set_xlabel(f"memory of a GPU in {unit.name}")
+    axes.set_xlabel(f"memory of a {rank_word(plan)} in {unit.name}")
     axes.set_title(
         f"{usable:.1f} of {total:.1f} {unit.name} usable",
         loc="left",
