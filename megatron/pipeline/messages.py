@@ -21,8 +21,9 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 from megatron.pipeline.actions import Action, DeadlockError, Kind, Schedule, in_dependency_order
@@ -31,6 +32,9 @@ from megatron.pipeline.actions import Action, DeadlockError, Kind, Schedule, in_
 # receives activations and gradients in turn, or only one of them every second action: 2 keeps one
 # receive open ahead of the current action in both cases, and bounds the buffers held for them.
 ACTIONS_AHEAD = 2
+
+# By how many stages a result goes on.
+_NEXT_STAGE = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.WEIGHT: 0}
 
 
 class Edge(NamedTuple):
@@ -89,54 +93,45 @@ def compile_steps(schedule: Schedule, rank: int) -> tuple[Step, ...]:
 
 def compile_ranks(schedule: Schedule, ranks: Iterable[int]) -> list[tuple[Step, ...]]:
     """The steps of several ranks at once, as :func:`compile_steps` gives those of one."""
-    check_order(schedule)
-    ranks = tuple(ranks)
-    outputs = {
-        rank: [output_message(schedule, action) for action in schedule.ranks[rank]]
-        for rank in ranks
-    }
+    sent = _messages(schedule)
+    taken = {message.consumer: message for message in sent.values()}
+    _check_order(schedule, sent, taken)
+    outputs = {rank: [sent.get(action) for action in schedule.ranks[rank]] for rank in ranks}
     delivered = _deliveries(schedule, outputs)
-    return [_steps(schedule, rank, outputs[rank], delivered[rank]) for rank in ranks]
+    return [_steps(schedule.ranks[rank], taken, outputs[rank], delivered[rank]) for rank in outputs]
 
 
 def _steps(
-    schedule: Schedule,
-    rank: int,
-    outputs: list[Message | None],
-    delivered: dict[int, list[Message]],
+    table: Sequence[Action],
+    taken: Mapping[Action, Message],
+    outputs: Sequence[Message | None],
+    delivered: Mapping[int, list[Message]],
 ) -> tuple[Step, ...]:
-    table = schedule.ranks[rank]
-    inputs = [input_message(schedule, action) for action in table]
+    inputs = [taken.get(action) for action in table]
     posts: dict[int, list[Message]] = defaultdict(list)
     for index, message in enumerate(inputs):
         if message is not None and not message.is_local:
             posts[max(0, index - ACTIONS_AHEAD)].append(message)
     return tuple(
-        Step(action, tuple(posts[i]), inputs[i], tuple(delivered[i]), outputs[i])
+        Step(action, tuple(posts[i]), inputs[i], tuple(delivered.get(i, ())), outputs[i])
         for i, action in enumerate(table)
     )
 
 
-def input_message(schedule: Schedule, action: Action) -> Message | None:
-    """The message that `action` starts from."""
-    for producer in schedule.inputs(action):
-        if producer.stage != action.stage:
-            return _message(schedule, producer, action)
-    return None
-
-
-def output_message(schedule: Schedule, action: Action) -> Message | None:
-    """The message that `action` ends with; None where the schedule has no action that takes it."""
-    step = {Kind.FORWARD: 1, Kind.BACKWARD: -1, Kind.WEIGHT: 0}[action.kind]
-    consumer = action._replace(stage=action.stage + step)
-    if not step or consumer not in schedule.actions:
-        return None
-    return _message(schedule, action, consumer)
+def _messages(schedule: Schedule) -> dict[Action, Message]:
+    """The message that each action ends with; no entry where the schedule has none to take it."""
+    made = {}
+    for action in schedule.actions:
+        step = _NEXT_STAGE[action.kind]
+        consumer = action._replace(stage=action.stage + step)
+        if step and consumer in schedule.actions:
+            made[action] = _message(schedule, action, consumer)
+    return made
 
 
 def edges(schedule: Schedule) -> tuple[Edge, ...]:
     """The communicators that the schedule uses, in an order that all ranks agree on."""
-    messages = _over_the_wire(output_message(schedule, action) for action in schedule.actions)
+    messages = _over_the_wire(_messages(schedule).values())
     return tuple(sorted({message.edge for message in messages}))
 
 
@@ -146,16 +141,21 @@ def check_order(schedule: Schedule) -> None:
     Raises:
         ValueError: names the two messages that change places.
     """
-    sent: dict[Edge, list[Message]] = defaultdict(list)
-    taken: dict[Edge, list[Message]] = defaultdict(list)
-    for table in schedule.ranks:
-        for action in table:
-            for message in _over_the_wire([output_message(schedule, action)]):
-                sent[message.edge].append(message)
-            for message in _over_the_wire([input_message(schedule, action)]):
-                taken[message.edge].append(message)
-    for edge, messages in sent.items():
-        for first, other in zip(messages, taken[edge], strict=True):
+    sent = _messages(schedule)
+    _check_order(schedule, sent, {message.consumer: message for message in sent.values()})
+
+
+def _check_order(
+    schedule: Schedule, sent: Mapping[Action, Message], taken: Mapping[Action, Message]
+) -> None:
+    senders: dict[Edge, list[Message]] = defaultdict(list)
+    receivers: dict[Edge, list[Message]] = defaultdict(list)
+    for action in chain.from_iterable(schedule.ranks):
+        for by_edge, message in ((senders, sent.get(action)), (receivers, taken.get(action))):
+            if message is not None and not message.is_local:
+                by_edge[message.edge].append(message)
+    for edge, messages in senders.items():
+        for first, other in zip(messages, receivers[edge], strict=True):
             if first != other:
                 raise ValueError(
                     f"rank {edge.source} sends the result of {first.producer} when rank "
@@ -215,10 +215,8 @@ def _open_sends(schedule: Schedule) -> int:
     Two suffice where each rank holds one stage. Where an edge closes a ring of virtual stages, the
     sender may have to be further ahead, which is tried out: enough are always safe.
     """
-    tables = [
-        _over_the_wire(output_message(schedule, action) for action in table)
-        for table in schedule.ranks
-    ]
+    messages = _messages(schedule)
+    tables = [_over_the_wire(map(messages.get, table)) for table in schedule.ranks]
     limit = 2
     while awaited := {
         producer: message.consumer for sent in tables for message, producer in _waits(sent, limit)
