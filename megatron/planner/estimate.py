@@ -264,7 +264,6 @@ class Estimator:
             Communication("send", "pipeline", ends, hidden, 0), self._hardware
         )
         way = 2 * (size - 1) * message
-        through = sum(each) + way + (count - 1) * slowest
         match layout.pipeline_schedule:
             case "interleaved":
                 chunks = len(self._parts_of(layout)[0])
@@ -272,17 +271,31 @@ class Estimator:
                 filled = count * slowest + (sum(each) - slowest) / chunks + way
                 return max(alone, filled)
             case "zb-h1" | "zb-2p" as name:
+                if not any(weight for _, _, weight in seconds):  # recorded without the split
+                    return count * slowest + way
                 inputs = [forward + backward for forward, backward, _ in seconds]
                 alone = sum(inputs) + way + (count - 1) * max(inputs) + seconds[0][2]
                 waiting = (
                     0.0 if name == "zb-2p" else sum(max(0.0, f + b - w) for f, b, w in seconds[1:])
                 )
                 return max(alone, count * slowest + waiting + way)
-            case "gpipe":
-                return through
-        cycles = ((sum(each[r:]) + 2 * (size - 1 - r) * message) / (size - r) for r in range(size))
-        cycle = max(slowest, *cycles) if count > size else slowest
-        return sum(each) + way + (count - 1) * cycle
+        through = (
+            way
+            + max(
+                count * each[r]
+                + sum(each[:r])
+                # While the stages behind it are at work, a rank goes on with other forward passes.
+                + max(0.0, sum(each[r + 1 :]) - (min(count, size - r) - 1) * seconds[r][0])
+                for r in range(size)
+            )
+        )
+        if layout.pipeline_schedule == "gpipe" or count <= size:
+            return through
+        ways = (
+            (sum(each[r:]) + 2 * (size - 1 - r) * message) / (size - r) - slowest
+            for r in range(size)
+        )
+        return through + (count - 1) * max(0.0, *ways)
 
     def _outside(self, layout: Layout, topology: Topology, rank: _Figures, count: int) -> float:
         """What is not hidden of the gradients' sums, the update and the parameters sent on."""

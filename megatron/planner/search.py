@@ -33,11 +33,13 @@ from megatron.planner.report import peak_bytes
 from megatron.training.task import Task
 
 SHOWN = 10
-# Layouts that are confirmed at the most, and composed for each of those wanted.
-MOST_CONFIRMED, MOST_COMPOSED = 2, 30
+# Layouts that are composed and confirmed at the most, for each that is wanted.
+MOST_COMPOSED, MOST_CONFIRMED = 30, 3
+# Dry runs more than these, so that a search for one or two does not end at a few that just fail.
+MORE_CONFIRMED = 10
 # What the cheaper figures may lie too high by: of time, and of memory before a layout is given up.
 SLACK = {"looked at": 0.99, "estimate": 0.97, "composed": 0.995}
-MEMORY_SLACK = {"looked at": 0.99, "estimate": 0.97, "composed": 0.99}
+MEMORY_SLACK = {"estimate": 0.97, "composed": 0.98}
 LARGEST_CLUSTER = 1 << 16
 
 Say = Callable[[str], None]
@@ -194,7 +196,7 @@ class _Race:
                 self._estimate(layout)
             case "estimate" if self._composed_here < MOST_COMPOSED * wanted:
                 self._compose(layout)
-            case "composed" if self._found.confirmed < MOST_CONFIRMED * wanted:
+            case "composed" if self._found.confirmed < MOST_CONFIRMED * wanted + MORE_CONFIRMED:
                 self._confirm(layout)
             case "confirmed":
                 self._found.best.append(self._confirmed[layout])
