@@ -169,8 +169,8 @@ _check_layout() {
     local nodes=$1 ranks=$2 tensor=1 pipeline=1
     while shift && [[ $# -gt 1 ]]; do
         case $1 in
-            --tensor-model-parallel-size) tensor=$2 ;;
-            --pipeline-model-parallel-size) pipeline=$2 ;;
+            --tensor-model-parallel-size) tensor=$(_number "$1 $2" "$2") ;;
+            --pipeline-model-parallel-size) pipeline=$(_number "$1 $2" "$2") ;;
         esac
     done
     [[ $((nodes * ranks % (tensor * pipeline))) -eq 0 ]] ||
@@ -181,8 +181,13 @@ _check_layout() {
 # _count NAME DEFAULT: the value of a variable that counts something.
 _count() {
     local value=${!1:-$2}
-    [[ $value =~ ^[1-9][0-9]*$ ]] || _fail "$1=$value: expected a number from 1 on"
-    echo "$value"
+    _number "$1=$value" "$value"
+}
+
+# _number PLACE VALUE: the value, if it is a number; otherwise PLACE is what is wrong.
+_number() {
+    [[ $2 =~ ^[1-9][0-9]*$ ]] || _fail "$1: expected a number from 1 on"
+    echo "$2"
 }
 
 _fail() {

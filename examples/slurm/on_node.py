@@ -57,6 +57,7 @@ def settings() -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",  # a rank writes to a file, which shall not lag behind
         "PET_NNODES": given["NODES"],
         "PET_NPROC_PER_NODE": given["GPUS_PER_NODE"],
+        "PET_MAX_RESTARTS": given.get("MAX_RESTARTS", "0"),
         "PET_RDZV_BACKEND": "c10d",
         "PET_RDZV_ENDPOINT": f"{given['MASTER_ADDR']}:{given['MASTER_PORT']}",
         "PET_RDZV_ID": given["RDZV_ID"],

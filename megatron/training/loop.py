@@ -1,6 +1,6 @@
 """Pretraining from a configuration to trained weights.
 
-1. Take this process's place among the ranks.
+1. Take this process's place among the ranks, if what is trained can be saved.
 2. Open the data; the model is built for its vocabulary.
 3. Continue from a checkpoint, if there is one to continue from.
 4. Step by step: train, report, validate, save.
@@ -33,6 +33,7 @@ from megatron.training.signals import Signals
 from megatron.training.stopping import BrokenOffError, Stopping
 from megatron.training.task import Batch, Datasets, SampleCounts, Task
 from megatron.training.trainer import Step, Trainer
+from megatron.validation.places import why_not_writable
 
 Hook = Callable[[Step], None]
 
@@ -41,15 +42,24 @@ def pretrain(config: Config, make_task: Callable[[Config], Task]) -> None:
     """Trains as `config` says, on every rank that torchrun started or on one alone.
 
     Raises:
-        UserError: the configuration, the data or the checkpoint is not fit for it.
+        UserError: the configuration, the data or the checkpoint is not fit for it, or --save names
+            a place that cannot be written to.
     """
     signals = Signals(with_sigterm=config.train.exit_signal_handler)
     with one_voice(own_rank(), world_size()), signals:
+        _check_that_it_can_save(config.train.save)
         task = make_task(config)
         config = with_vocabulary(config, task.vocab_size)
         state = initialize(config)
         _run(config, task, state, signals)
         finalize(state)
+
+
+def _check_that_it_can_save(directory: str | None) -> None:
+    """Raises ConfigError before the first checkpoint, hours later, would fail."""
+    reason = None if directory is None else why_not_writable(Path(directory))
+    if reason is not None:
+        raise ConfigError(f"--save {directory}: {reason}")
 
 
 def with_vocabulary(config: Config, vocab_size: int) -> Config:

@@ -278,6 +278,14 @@ def test_a_layout_behind_the_name_is_the_one_that_has_to_fit() -> None:
     assert run("gpt/39b", *flags, PYTHON="echo", DATA="text").returncode == 0
 
 
+@pytest.mark.parametrize("size", ["two", "0", "08"])
+def test_a_layout_is_made_of_numbers(size: str) -> None:
+    flag = "--tensor-model-parallel-size"
+    done = run("gpt/39b", flag, size, PYTHON="echo", DATA="text")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"error: {flag} {size}: expected a number from 1 on\n"
+
+
 def test_data_may_be_a_flag() -> None:
     done = run("bert/345m", "--data-path", "text", "--vocab-file", "v", PYTHON="echo")
     assert done.returncode == 0

@@ -63,6 +63,7 @@ def sbatch(words: list[str]) -> int:
         "SLURM_JOB_NUM_NODES": options["nodes"],
         "SLURM_JOB_NODELIST": f"node[1-{options['nodes']}]",
         "SLURM_CPUS_PER_TASK": options["cpus-per-task"],
+        "SLURM_EXPORT_ENV": "NONE",  # as on clusters where users do not take their shell along
     }
     output = options["output"].replace("%x", options["job-name"]).replace("%j", job)
     warning = options["signal"].removeprefix("B:").partition("@")[0]
@@ -98,7 +99,11 @@ def sbatch(words: list[str]) -> int:
 def srun(words: list[str]) -> int:
     """Starts the command once for each node and waits; the highest exit code."""
     options, command = _own_options(words)
-    assert options["ntasks-per-node"] == "1"
+    nodes = os.environ["SLURM_JOB_NUM_NODES"]
+    # Where the counts do not fit together, SLURM goes by that of the tasks, which sbatch may state.
+    assert (options["nodes"], options["ntasks"], options["ntasks-per-node"]) == (nodes, nodes, "1")
+    exported = options.get("export", os.environ["SLURM_EXPORT_ENV"])
+    assert exported == "ALL", "what the job script has set does not reach the nodes"
     job = os.environ["SLURM_JOB_ID"]
     tasks: list[subprocess.Popen[bytes]] = []
 
@@ -107,7 +112,7 @@ def srun(words: list[str]) -> int:
 
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, forward)
-    for node in map(str, range(int(os.environ["SLURM_JOB_NUM_NODES"]))):
+    for node in map(str, range(int(nodes))):
         place = {"SLURM_NODEID": node, "SLURM_PROCID": node, "SLURM_LOCALID": "0"}
         tasks.append(
             subprocess.Popen(

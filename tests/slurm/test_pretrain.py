@@ -238,6 +238,31 @@ sys.exit(on_node.main())
     assert on_node.wait(LIMIT_SECONDS) == 0
 
 
+def test_a_signal_that_comes_before_a_node_listens_does_not_fail_the_job(tmp_path: Path) -> None:
+    slow, gate = tmp_path / "python", tmp_path / "gate"
+    slow.write_text(
+        f"""\
+#!/bin/bash
+if [[ $1 == *on_node.py ]]; then touch {tmp_path}/starts && read -r < {gate}; fi
+exec {sys.executable} "$@"
+"""
+    )
+    slow.chmod(0o755)
+    os.mkfifo(gate)
+    opened = os.open(gate, os.O_RDWR)  # to write alone would wait for a reader, who may have failed
+    script = _fake_ranks(tmp_path, "pass")
+    with _job(tmp_path, [str(script), "--some-flag"], nodes=1, PYTHON=str(slow)) as job:
+        job.wait_for(tmp_path / "starts")
+        job.scancel("--signal=TERM")
+        job.scancel("--signal=USR1")
+        os.write(opened, b"go on\n")
+        job.wait_for(tmp_path / "waits-0")
+        job.scancel("--signal=TERM")
+        assert job.wait() == 0, job.output
+    os.close(opened)
+    assert job.output.rstrip().endswith("job 1 is done")
+
+
 INTERRUPTED = "Path(os.environ['MEGATRON_INTERRUPTED_FILE']).write_text('at an end')"
 
 

@@ -175,6 +175,23 @@ def test_a_rank_that_is_ended_since_another_was_lost_says_nothing(
     assert ended == [signal.SIGTERM] * raised
 
 
+def test_a_run_that_cannot_save_ends_before_it_reads_its_data(
+    corpus: Corpus,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    command = Command(pretrain_bert, capfd, monkeypatch)
+    directory = corpus.vocab_file / "run"
+    damaged = tmp_path / "damaged"
+    for suffix in (".idx", ".bin"):
+        damaged.with_suffix(suffix).touch()
+    tokenizer = "BertWordPieceLowerCase"
+    code = command(corpus.flags(save=directory, data_path=damaged, tokenizer_type=tokenizer))
+    assert (code, command.out) == (2, "")
+    assert command.err == f"error: --save {directory}: {corpus.vocab_file} is no directory\n"
+
+
 AT_A_SAMPLE = """
 import os, signal, sys
 from megatron.arguments import parse_config
