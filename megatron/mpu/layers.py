@@ -78,10 +78,12 @@ def _leave_weight_gradient(
     deferred = current_deferral()
     if deferred is None:
         return False
+    # Without their places in the graph, which would keep what the stage has received and sent back.
+    kept = [each.detach() for each in held]
 
     def product() -> None:
-        gathered = None if gather_axis is None else all_gather(held[0], gather_axis)
-        gradient = _weight_gradient(products, weight, factor, held, gathered)
+        gathered = None if gather_axis is None else all_gather(kept[0], gather_axis)
+        gradient = _weight_gradient(products, weight, factor, kept, gathered)
         if gradient is not None:
             weight.grad = gradient if weight.grad is None else weight.grad.add_(gradient)
 

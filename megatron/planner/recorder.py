@@ -167,10 +167,15 @@ def _operation(func: Any, name: str, args: tuple[Any, ...], moved: int) -> Opera
 def _attention(func: Any, name: str, args: tuple[Any, ...], moved: int) -> Operation:
     named = dict(zip((a.name for a in func._schema.arguments), args, strict=False))
     query, key = named["query"], named["key"]
-    b, n, s, d = query.shape
+    if query.dim() == 3:  # rows of one document each, laid one behind the other: [b s, n, d]
+        s, z, d = named["max_q"], named["max_k"], query.size(2)
+        heads = query.size(0) // s * query.size(1)
+    else:
+        b, n, s, d = query.shape
+        z, heads = key.size(2), b * n
     products = _BACKWARD_PRODUCTS if "backward" in name else _FORWARD_PRODUCTS
-    flops = 2.0 * products * b * n * s * key.size(2) * d
-    shape = (b * n, s, key.size(2), d)
+    flops = 2.0 * products * heads * s * z * d
+    shape = (heads, s, z, d)
     causal = bool(named.get("is_causal", False))
     return Operation(name, "attention", flops, moved, shape, _format(query), causal)
 

@@ -173,7 +173,13 @@ def _record(
             watch = _Watch(recorder, trainer, count)
             trainer.step([batch] * count)
             segments = watch.step([batch] * count)
-        return _put_together(config, task, trainer, segments, watch, batch)
+        on_device = (
+            field
+            for name, field in batch.items()
+            if device_type == "cpu" or name not in task.host_fields
+        )
+        size = sum(field.numel() * field.element_size() for field in on_device)
+        return _put_together(config, task, trainer, segments, watch, size)
 
 
 class _Watch:
@@ -214,7 +220,7 @@ def _put_together(
     trainer: Trainer,
     segments: dict[Action | str, Segment],
     watch: _Watch,
-    batch: dict[str, Tensor],
+    batch: int,
 ) -> RankRecord:
     state, count = trainer.state, watch._count
     all_stages = task.stages(config)
@@ -238,7 +244,7 @@ def _put_together(
         messages={
             index: prod(spec.shape) * spec.dtype.itemsize for index, spec in enumerate(specs)
         },
-        batch=sum(t.numel() * t.element_size() for t in batch.values()),
+        batch=batch,
         settles=trainer.optimizer.hears_all_stages,
     )
 

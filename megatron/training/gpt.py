@@ -34,7 +34,7 @@ class GPTPretraining(Pretraining):
         return build_gpt(config, state, stage)
 
     def blank_batch(self, config: Config, device: torch.device) -> Batch:
-        """Tokens [b, s + 1] and what they count [b, s]."""
+        """Tokens [b, s + 1] and what they count [b, s]; on the host the documents' lengths."""
         b, s = config.train.micro_batch_size, config.data.seq_length
         batch = {
             "tokens": torch.zeros(b, s + 1, dtype=torch.int64, device=device),
@@ -42,6 +42,9 @@ class GPTPretraining(Pretraining):
         }
         if config.data.reset_position_ids:
             batch["position_ids"] = torch.zeros(b, s, dtype=torch.int64, device=device)
+        if config.data.reset_attention_mask:
+            batch["document_lengths"] = torch.zeros(b, s, dtype=torch.int64)
+            batch["document_lengths"][:, 0] = s
         return batch
 
     def denominators(self, batch: Batch) -> Tensor:
