@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 
-from megatron.arguments import parse_config, read_config
+from megatron.arguments import parse_config, read_command, read_config
 from megatron.config import Config, all_flags
 from megatron.errors import ConfigError
 from megatron.flag_reference import help_text, reference_page
@@ -479,3 +479,100 @@ def test_help_is_shown_whatever_else_is_asked(capsys: pytest.CaptureFixture[str]
         parse_config(["--zzz", "--help"], prog="train.py")
     assert caught.value.code == 0
     assert capsys.readouterr().out.startswith("usage: train.py ")
+
+
+# The dry run.
+
+DRY = [*SMALL_ARGV, "--dry-run"]
+
+
+def dry_problems(*words: str) -> tuple[str, ...]:
+    """What is wrong with the small command line and other words, one of which may be --dry-run."""
+    with pytest.raises(ConfigError) as caught:
+        read_command([*SMALL_ARGV, *words])
+    return caught.value.problems
+
+
+def test_what_is_asked_of_a_dry_run_is_no_part_of_the_configuration() -> None:
+    flags = ["--world-size", "4", "--hardware", "a100-80gb", "--dry-run-json", "plan.json"]
+    command = read_command([*DRY, *flags], required=("data_path",))
+    wanted = command.dry_run
+    assert (wanted.dry_run, wanted.world_size, wanted.hardware) == (True, 4, "a100-80gb")
+    assert (wanted.dry_run_json, wanted.dry_run_picture) == ("plan.json", None)
+    assert command.config == small()
+    assert not read_command(SMALL_ARGV).dry_run.dry_run
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--dry-run", "--world-size", "0"], ["--world-size 0 is outside [1, inf)"]),
+        (["--dry-run", "--world-size", "-3"], ["--world-size -3 is outside [1, inf)"]),
+        (["--dry-run", "--world-size", "1e3"], ["--world-size expects an integer, found '1e3'"]),
+        (["--dry-run", "--hardware"], ["--hardware expects one value, found none"]),
+        (["--dry-run", "--hardware", "a", "b"], ["--hardware expects one value, found 2: a b"]),
+        (["--dry-run", "--dry-run-json"], ["--dry-run-json expects one value, found none"]),
+        (["--dry-run", "yes"], ["--dry-run expects no value, or true or false, found 'yes'"]),
+        (["--dry_run"], ["unknown flag --dry_run: did you mean --dry-run?"]),
+        (["--hardware", "x", "--world-size", "2"],
+         ["--hardware is for --dry-run", "--world-size is for --dry-run"]),
+        (["--dry-run", "yes", "--world-size", "2"],
+         ["--dry-run expects no value, or true or false, found 'yes'"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_a_dry_runs_flags_is_one_line(words: list[str], expected: list[str]) -> None:
+    assert [*dry_problems(*words)] == expected
+
+
+def test_a_file_may_ask_for_a_dry_run(tmp_path: Path) -> None:
+    path = yaml_file(tmp_path, "dry-run: true\nworld_size: 8\nhardware: a100-80gb\nseed: 5\n")
+    words = [*SMALL_ARGV, "--config-file", path]
+    command = read_command([*words, "--world-size", "2"])
+    assert (command.dry_run.dry_run, command.dry_run.world_size) == (True, 2)
+    assert command.dry_run.hardware == "a100-80gb"
+    # The same file starts the run that it describes.
+    called_off = read_command([*words, "--dry-run", "false"])
+    assert not called_off.dry_run.dry_run
+    assert called_off.config.train.seed == command.config.train.seed == 5
+
+
+def test_mistakes_in_a_files_dry_run_have_their_lines(tmp_path: Path) -> None:
+    path = yaml_file(tmp_path, "dry-run: true\nworld-size: many\nhardware:\n")
+    assert dry_problems("--config-file", path) == (
+        f"{path}:2: --world-size expects an integer, found 'many'",
+        f"{path}:3: --hardware has no value, expected text",
+    )
+    path = yaml_file(tmp_path, "seed: 1\nhardware: a100-80gb\n")
+    assert dry_problems("--config-file", path) == (f"{path}:2: --hardware is for --dry-run",)
+
+
+def test_a_dry_run_goes_on_with_what_flags_say_against_each_other(tmp_path: Path) -> None:
+    missing, save = tmp_path / "vocab.txt", tmp_path / "file"
+    save.write_text("no directory")
+    words = ["--vocab-file", str(missing), "--tensor-model-parallel-size", "3", "--save", str(save)]
+    command = read_command([*DRY, *words, "--world-size", "4"])
+    assert command.config.parallel.tensor_model_parallel_size == 3
+    assert "the number of ranks, 4, is not a multiple" in command.conflicts[0]
+    assert command.problems == (
+        f"--vocab-file {missing} does not exist",
+        f"--save {save} is a file, not a directory",
+    )
+    found = dry_problems(*words)  # one rank of a run
+    assert set(command.problems) < set(found)
+    assert len(found) == len(command.conflicts) + len(command.problems)
+
+
+def test_a_dry_run_tells_everything_beside_a_value_without_sense(tmp_path: Path) -> None:
+    assert dry_problems(
+        "--dry-run", "--micro-batch-size", "0", "--seq-length", "99", "--sed", "1",
+        "--vocab-file", str(tmp_path / "vocab"),
+    ) == (
+        "unknown flag --sed: did you mean --seed?",
+        "--micro-batch-size 0 is outside [1, inf)",
+        "--seq-length 99 is larger than --max-position-embeddings 64",
+        f"--vocab-file {tmp_path}/vocab does not exist",
+    )  # fmt: skip
+
+
+def test_a_program_that_trains_nothing_has_no_dry_run() -> None:
+    assert problems("--dry-run") == ("--dry-run is for a program that trains",)

@@ -178,8 +178,8 @@ def _step_lines(plan: Plan) -> list[str]:
     rows[3][2] += f" in {dtype}"
     steps = steps_of_run(plan)
     if steps is not None:
-        ramp = ", the batch full from the start" if plan.config.train.rampup_batch_size else ""
-        note = f"for {steps:,} steps{ramp}; evaluation and checkpoints left out"
+        full = "full " if plan.config.train.rampup_batch_size else ""
+        note = f"for {steps:,} {full}steps; no evaluation, no checkpoints"
         rows.append(["whole run", _long_time(steps * plan.step_time), note])
     split = [[name, *figure.split(" ", 1), note] for name, figure, note in rows]
     return ["A step", *_table(split, align="<><<")]

@@ -151,7 +151,7 @@ def test_one_gpu_has_nothing_to_say_to_others() -> None:
         ({"train_iters": None}, None),
         (
             {"train_iters": None, "train_samples": 10**6, "rampup_batch_size": (6, 6, 10**4)},
-            (20833, "20,833 steps, the batch full from the start;"),
+            (20833, "20,833 full steps;"),
         ),
     ],
 )
