@@ -18,13 +18,16 @@ PYTHON := $(VENV)/bin/python
 INSTALLED := $(VENV)/installed
 endif
 
-.PHONY: help install quickstart test parity parity-hf kernel-report gpu-check lint format
+.PHONY: help install quickstart test parity parity-hf dry-runs planner-validation kernel-report \
+	gpu-check lint format
 
 help:
 	@echo "make quickstart     train a small BERT on this machine and export it"
 	@echo "make test           run the tests"
 	@echo "make parity         compare 120 layouts drawn at random with one process (LAYOUTS, SEED)"
 	@echo "make parity-hf      compare 200 random models with transformers 4.34.0 (CASES, ON_RANKS, SEED)"
+	@echo "make dry-runs       plan every launch script for its number of GPUs (HARDWARE)"
+	@echo "make planner-validation  predicted step times beside published ones"
 	@echo "make kernel-report  registers, memory and spills of each CUDA kernel (ARCH); needs no GPU"
 	@echo "make gpu-check      build, test and measure on this GPU, in under 9 minutes (CHECK)"
 	@echo "make lint           check style, format and types"
@@ -52,6 +55,14 @@ ON_RANKS := 20
 parity-hf: $(INSTALLED)
 	@OMP_NUM_THREADS=1 $(PYTHON) -m tests.hf.old.full --cases $(CASES) --layouts $(ON_RANKS) \
 		--seed $(SEED)
+
+HARDWARE := h100-sxm
+
+dry-runs: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(PYTHON) -m tests.examples.full --hardware $(HARDWARE)
+
+planner-validation: $(INSTALLED)
+	@OMP_NUM_THREADS=1 $(PYTHON) benchmarks/planner_validation.py
 
 ARCH := 70 80 90 100
 
