@@ -22,17 +22,17 @@ endif
 	gpu-check lint format
 
 help:
-	@echo "make quickstart     train a small BERT on this machine and export it"
-	@echo "make test           run the tests"
-	@echo "make parity         compare 120 layouts drawn at random with one process (LAYOUTS, SEED)"
-	@echo "make parity-hf      compare 200 random models with transformers 4.34.0 (CASES, ON_RANKS, SEED)"
-	@echo "make dry-runs       plan every launch script for its number of GPUs (HARDWARE)"
+	@echo "make quickstart          train a small BERT on this machine and export it"
+	@echo "make test                run the tests"
+	@echo "make parity              compare 120 layouts drawn at random with one process (LAYOUTS, SEED)"
+	@echo "make parity-hf           compare 200 random models with transformers 4.34.0 (CASES, ON_RANKS, SEED)"
+	@echo "make dry-runs            plan every launch script for its number of GPUs (HARDWARE)"
 	@echo "make planner-validation  predicted step times beside published ones"
-	@echo "make kernel-report  registers, memory and spills of each CUDA kernel (ARCH); needs no GPU"
-	@echo "make gpu-check      build, test and measure on this GPU, in under 9 minutes (CHECK)"
-	@echo "make lint           check style, format and types"
-	@echo "make format         put the files into their format"
-	@echo "make install        only make the environment that the others use"
+	@echo "make kernel-report       registers, memory and spills of each CUDA kernel (ARCH); needs no GPU"
+	@echo "make gpu-check           build, test and measure on this GPU, in under 9 minutes (CHECK)"
+	@echo "make lint                check style, format and types"
+	@echo "make format              put the files into their format"
+	@echo "make install             only make the environment that the others use"
 
 install: $(INSTALLED)
 
