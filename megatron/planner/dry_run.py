@@ -24,14 +24,12 @@ from megatron.pipeline.simulator import Costs
 from megatron.planner.hardware import Hardware
 from megatron.planner.memory import message_bytes, peak_activations
 from megatron.planner.plan import CommunicationTotal, Plan, RankPlan
-from megatron.planner.recording import RankRecord, Segment, plannable, record_ranks
+from megatron.planner.recording import RECEIVED, RankRecord, Segment, plannable, record_ranks
 from megatron.planner.timing import RankTraces, place_of, step_time
 from megatron.planner.trace import Communication, Operation
 from megatron.training.batch_ramp import BatchRamp
 from megatron.training.initialize import rank_grid
 from megatron.training.task import Task
-
-RECEIVED = "pipeline", "recv"
 
 
 @dataclass(frozen=True)

@@ -47,17 +47,19 @@ class Recorder(TorchDispatchMode):
         events: what has happened since the last `take`.
         live: bytes of the storages that live and are no messages.
         peak: the most of `live` since the last `take`.
+        received: bytes of the messages that were received, or will be, and live.
         passed_on: whether since then a message has been sent in the memory of one received.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.events: list[Event] = []
-        self.live = self.peak = 0
+        self.live = self.peak = self.received = 0
         self.passed_on = False
         self.names: dict[dist.ProcessGroup, str] = {}
         self._sizes: dict[int, int] = {}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._received: dict[int, int] = {}
         self._communications = 0
 
     @classmethod
@@ -95,9 +97,7 @@ class Recorder(TorchDispatchMode):
         number = self._communications
         self.events.append(Communication(kind, name, tuple(sorted(ranks)), size, number))
         if kind in ("send", "recv") and name == "pipeline":
-            storage = tensor.untyped_storage()
-            self.passed_on |= kind == "send" and self._sizes.get(storage._cdata) == 0
-            self._forget(storage)
+            self._forget(tensor.untyped_storage(), is_received=kind == "recv")
         return number
 
     def wait(self, number: int) -> None:
@@ -142,13 +142,21 @@ class Recorder(TorchDispatchMode):
 
         return end
 
-    def _forget(self, storage: torch.UntypedStorage) -> None:
-        self._drop(storage._cdata)
-        self._sizes[storage._cdata] = 0
-        self._alive[storage._cdata] = weakref.ref(storage, self._at_the_end(storage._cdata))
+    def _forget(self, storage: torch.UntypedStorage, *, is_received: bool) -> None:
+        key = storage._cdata
+        if key in self._received:
+            self.passed_on = True
+            return
+        self._drop(key)
+        self._sizes[key] = 0
+        self._alive[key] = weakref.ref(storage, self._at_the_end(key))
+        if is_received:
+            self._received[key] = storage.nbytes()
+            self.received += storage.nbytes()
 
     def _drop(self, key: int) -> None:
         self.live -= self._sizes.pop(key, 0)
+        self.received -= self._received.pop(key, 0)
         self._alive.pop(key, None)
 
 

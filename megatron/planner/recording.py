@@ -25,12 +25,13 @@ from megatron.optimizer.shared import Names, names
 from megatron.pipeline.actions import Action, Kind
 from megatron.planner.recorder import Recorder
 from megatron.planner.timing import place_of
-from megatron.planner.trace import Trace
+from megatron.planner.trace import Communication, Trace
 from megatron.planner.world import META, group_names, one_rank
 from megatron.training.task import Task
 from megatron.training.trainer import Trainer
 
 MOST_MICRO_BATCHES = 3
+RECEIVED = "pipeline", "recv"
 
 # The place of a stage among those of its rank, what is done, and with which micro-batch.
 Key = tuple[int, Kind, str]
@@ -42,7 +43,8 @@ class Segment:
 
     Attributes:
         trace: its operators and communications.
-        change: bytes that live at its end and not at its start, messages of the pipeline left out.
+        change: bytes that live at its end and not at its start. Of the pipeline's messages only
+            what is received and let go at another time than at the end of the backward pass.
         peak: the most bytes that live within it, beyond those at its start.
         passes_on: whether the message that it sends lies where that lies which it has received, as
             on a stage without layers.
@@ -189,13 +191,15 @@ class _Watch:
         self._recorder, self._trainer, self._count = recorder, trainer, count
         self._segments: dict[Action | str, Segment] = {}
         self._current: Action | str = "before"
-        self._start = 0
+        self._start = self._received = 0
+        self.messages = _message_sizes(trainer)
 
     def step(self, batches: list[dict[str, Tensor]]) -> dict[Action | str, Segment]:
         """The segments of a step, by action, and "before" and "after"."""
         # What only the garbage collector takes must not seem to live on.
         gc.collect()
         self._recorder.take()
+        self._received = self._recorder.received
         self.at_rest = self._start = self._recorder.live
         self._trainer.runtime.on_action = self._on_action
         self._trainer.step(batches)
@@ -209,9 +213,30 @@ class _Watch:
     def _close(self) -> None:
         live, passes_on = self._recorder.live, self._recorder.passed_on
         trace, peak = self._recorder.take()
-        segment = Segment(trace, live - self._start, peak - self._start, passes_on)
-        self._segments[self._current] = segment
-        self._start = live
+        change = live - self._start + self._kept(trace)
+        self._segments[self._current] = Segment(trace, change, peak - self._start, passes_on)
+        self._start, self._received = live, self._recorder.received
+
+    def _kept(self, trace: Trace) -> int:
+        """Bytes of received messages that live on, though a backward pass lets go of them.
+
+        Negative where they end. Weight gradients that are left for later may need the input.
+        """
+        opened = sum(
+            event.bytes
+            for event in trace
+            if isinstance(event, Communication) and (event.group, event.kind) == RECEIVED
+        )
+        let_go = opened - (self._recorder.received - self._received)
+        action = self._current
+        if self._trainer.state.pipeline.size == 1 or not isinstance(action, Action):
+            return 0
+        if action.kind is not Kind.BACKWARD:
+            return -let_go
+        last = len(self.messages) - 1
+        before = self.messages[action.stage - 1] if action.stage > 0 else 0
+        behind = self.messages[action.stage] if action.stage < last else 0
+        return before + behind - let_go
 
 
 def _put_together(
@@ -223,7 +248,6 @@ def _put_together(
     batch: int,
 ) -> RankRecord:
     state, count = trainer.state, watch._count
-    all_stages = task.stages(config)
     own = [s.index for s in _own_stages(config, task, state.topology, state.pipeline.rank)]
     actions = {
         (own.index(action.stage), action.kind, place_of(action.micro_batch, count)): segment
@@ -231,7 +255,6 @@ def _put_together(
         if isinstance(action, Action)
     }
     weights, gradients, optimizer = static_bytes(trainer)
-    specs = (task.activation(config, state, all_stages[index]) for index in range(len(all_stages)))
     return RankRecord(
         actions=actions,
         before=segments["before"],
@@ -241,12 +264,17 @@ def _put_together(
         gradients=gradients,
         optimizer=optimizer,
         rest=watch.at_rest - weights - gradients - optimizer,
-        messages={
-            index: prod(spec.shape) * spec.dtype.itemsize for index, spec in enumerate(specs)
-        },
+        messages=watch.messages,
         batch=batch,
         settles=trainer.optimizer.hears_all_stages,
     )
+
+
+def _message_sizes(trainer: Trainer) -> dict[int, int]:
+    """Bytes of what each stage sends to the next one for a micro-batch."""
+    config, task, state = trainer.config, trainer.task, trainer.state
+    specs = (task.activation(config, state, stage) for stage in task.stages(config))
+    return {index: prod(spec.shape) * spec.dtype.itemsize for index, spec in enumerate(specs)}
 
 
 def static_bytes(trainer: Trainer) -> tuple[int, int, int]:

@@ -19,13 +19,14 @@ from torch.utils._pytree import tree_leaves
 from megatron.ops import kernels
 from megatron.planner.dry_run import dry_run
 from megatron.planner.hardware import load_hardware
-from megatron.planner.plan import Plan, RankPlan
+from megatron.planner.plan import RankPlan
 from megatron.training.task import Batch
 from tests.distributed import run_distributed
 from tests.parity.runs import Case, new_trainer, own_batches
 from tests.parity.wire import recorded
 from tools.parity.tasks import TASKS
 
+TOLERANCE = 0.1
 KINDS = {"allreduce": "all-reduce", "send": "send", "recv": "recv"}
 
 # (kind, ranks, 0) -> calls, and (kind, ranks, 1) -> bytes
@@ -75,40 +76,49 @@ def observe(case: Case) -> Observed:
 
 
 def _batches(case: Case, step: int, size: int, data_rank: int) -> list[Batch]:
-    """Micro-batches of which nothing else is kept."""
+    """Micro-batches of which nothing else is kept; a row is one document, as a plan takes it."""
     batches = own_batches(case, step, size, data_rank)
+    for lengths in (batch["document_lengths"] for batch in batches if "document_lengths" in batch):
+        lengths.zero_()[:, 0] = lengths.size(1)
     return [{key: field.clone() for key, field in batch.items()} for batch in batches]
 
 
-def observed_ranks(case: Case) -> list[Observed]:
-    """All ranks of a real run of the case."""
-    return run_distributed(case.ranks, observe, case)
+@dataclass(frozen=True)
+class Comparison:
+    """What a plan says that is not so, and how far its activations are off.
+
+    Attributes:
+        deviation: of the rank whose planned peak is furthest off, as a share of the real one.
+    """
+
+    wrong: tuple[str, ...]
+    deviation: float
 
 
-def plan_of(case: Case) -> Plan:
-    """The dry run of the case."""
+def compare(case: Case) -> Comparison:
+    """The dry run of the case beside a real run."""
     config = case.config()
     kind = TASKS[config.model.model_type]
-    return dry_run(config, kind, case.ranks, load_hardware("h100-sxm"))
+    plan = dry_run(config, kind, case.ranks, load_hardware("h100-sxm"))
+    wrong, deviations = [], [0.0]
+    for rank, seen in enumerate(run_distributed(case.ranks, observe, case)):
+        planned = plan.ranks[seen.place]
+        deviations.append(planned.activations / seen.activations - 1)
+        wrong += [f"rank {rank}: {what}" for what in _disagreements(planned, seen)]
+    return Comparison(tuple(wrong), max(deviations, key=abs))
 
 
-def disagreements(planned: RankPlan, seen: Observed, tolerance: float) -> Iterator[str]:
-    """What a plan says of a rank and is not so; activations may differ by a share `tolerance`."""
+def _disagreements(planned: RankPlan, seen: Observed) -> Iterator[str]:
     for name in ("weights", "gradients", "optimizer"):
         said, found = getattr(planned, name), getattr(seen, name)
         if said != found:
             yield f"{name} {said} planned, {found} found"
-    said_calls = _planned(planned)
-    for key in sorted(said_calls.keys() | seen.calls.keys()):
-        if said_calls[key] != seen.calls[key]:
-            yield f"{key} {said_calls[key]} planned, {seen.calls[key]} found"
-    if abs(deviation(planned, seen)) > tolerance:
+    calls = _planned(planned)
+    for key in sorted(calls.keys() | seen.calls.keys()):
+        if calls[key] != seen.calls[key]:
+            yield f"{key} {calls[key]} planned, {seen.calls[key]} found"
+    if abs(planned.activations - seen.activations) > TOLERANCE * seen.activations:
         yield f"activations {planned.activations} planned, {seen.activations} found"
-
-
-def deviation(planned: RankPlan, seen: Observed) -> float:
-    """Of the planned peak of activations, as a share of the real one."""
-    return planned.activations / seen.activations - 1
 
 
 class Living(TorchDispatchMode):
