@@ -27,7 +27,8 @@ Made from the fields of `megatron/config/` by `python -m megatron.flag_reference
 
 A flag is written `--name value`, or as a line `name: value` in the file that `--config-file` names;
 what stands on the command line wins over the file. Switches take no value; `--fp16 false` turns off
-what a file has turned on. Flags are never abbreviated, and a flag given twice has its last value.
+what a file has turned on, and `none` takes back a number or a choice that has no default. Flags are
+never abbreviated, and a flag given twice has its last value.
 """
 _OLD_NAMES = """
 ## Old names

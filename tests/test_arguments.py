@@ -576,3 +576,26 @@ def test_a_dry_run_tells_everything_beside_a_value_without_sense(tmp_path: Path)
 
 def test_a_program_that_trains_nothing_has_no_dry_run() -> None:
     assert problems("--dry-run") == ("--dry-run is for a program that trains",)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "none"),
+    [
+        ("recompute_granularity", "full", None),
+        ("num_layers_per_virtual_pipeline_stage", "1", None),
+        ("pipeline_layers", "1,3", None),
+        ("loss_scale", "8", None),
+        ("metrics_file", "some.jsonl", "none"),  # a file may be called so
+    ],
+)
+def test_none_takes_back_what_was_stated(flag: str, value: str, none: str | None) -> None:
+    option = "--" + flag.replace("_", "-")
+    layout = ["--pipeline-model-parallel-size", "2"] if "pipeline" in flag else []
+    argv = [*SMALL_ARGV, *layout, option, value]
+    stated, _ = read_config([*argv, option, "none"], world_size=2)
+    assert stated.to_flags()[flag] == none
+
+
+def test_none_is_no_value_of_a_flag_with_a_default() -> None:
+    with pytest.raises(ConfigError, match="--seed expects an integer, found 'none'"):
+        read_config([*SMALL_ARGV, "--seed", "none"])

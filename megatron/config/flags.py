@@ -71,7 +71,7 @@ class Flag:
 
         Raises ConfigError where it is not of this flag's type; bounds are left to `problems`.
         """
-        if raw is None:
+        if raw is None or self._is_none(raw):
             if self.optional:
                 return None
             raise ConfigError(f"{self.option} has no value, expected {self._expected}")
@@ -85,6 +85,11 @@ class Flag:
                 raise ConfigError(f"{self.option} expects one value, {found}")
             (raw,) = raw
         return self._read_one(raw)
+
+    def _is_none(self, raw: object) -> bool:
+        """Whether `raw` takes back what a file or a script has stated; text may be called none."""
+        is_text = self.type is str and not self.choices
+        return self.optional and not is_text and raw in ("none", ["none"])
 
     def problems(self, value: Any) -> Iterator[str]:
         """What is wrong with a value of this flag's type: its bounds and its choices."""
