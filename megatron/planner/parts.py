@@ -7,8 +7,8 @@ encoder-decoder also the encoder's end, the decoder's embedding and a decoder's 
 a stage of n layers is that of a layer n times, with the ends around it.
 
     recorded    tensor size, sequence parallelism, recomputation, split backward passes, and
-                micro-batches of 1 and 2 samples, from which those of more follow: every size of an
-                operator is linear in the samples
+                micro-batches of 1, 2 and 4 samples; from the last two those of more follow, since
+                every size of an operator is linear in the samples
     changed     the ranks of all groups, and by the number of data-parallel ranks the share of the
                 optimizer that each of them has
 
@@ -45,6 +45,9 @@ REPLICAS = 2
 PASSES_TO_FILL, PASSES_TO_ADD = 3.5, 3
 # Communications of one part are fewer, so that parts can number theirs from a multiple of it on.
 NUMBERS = 1 << 20
+
+# A single sample is not among them: its tensors need no copies to be contiguous.
+RECORDED_SAMPLES = 2, 4
 
 ONE_STACK = ("first", "layer", "last")
 # Relative positions are worked out once in a stage; stages of two layers show what is left of one.
@@ -99,10 +102,11 @@ class PartBook:
         """The record of each part, of micro-batches of so many samples."""
         key = way, samples
         if key not in self._scaled:
-            found = dict(self._record(way, min(samples, 2)))
-            if samples > 2:
-                one = self._record(way, 1)
-                scaled = {name: _extended(one[name], two, samples) for name, two in found.items()}
+            few, more = RECORDED_SAMPLES
+            found = dict(self._record(way, samples if samples in (1, few, more) else few))
+            if samples not in (1, few, more):
+                larger = self._record(way, more)
+                scaled = {n: _extended(part, larger[n], samples) for n, part in found.items()}
                 is_whole = all(part is not None for part in scaled.values())
                 found = {name: part for name, part in scaled.items() if part is not None}
                 found = found if is_whole else dict(self._record(way, samples))
@@ -204,14 +208,16 @@ def _in_a_row(name: str, count: int, two_stacks: bool) -> list[str]:
     return [name, *[f"next_{name}" if two_stacks else name] * (count - 1)] if count else []
 
 
-# From records of one and of two samples to one of any number.
+# From records of few samples to one of any number.
 
 
-def _extended(one: RankRecord, two: RankRecord, samples: int) -> RankRecord | None:
+def _extended(few: RankRecord, more: RankRecord, samples: int) -> RankRecord | None:
     """None where the two do not do the same."""
+    recorded = RECORDED_SAMPLES
+    place = (samples - recorded[0]) / (recorded[1] - recorded[0])
 
     def line(first: float, second: float) -> float:
-        return first + (samples - 1) * (second - first)
+        return first + place * (second - first)
 
     def whole(first: float, second: float) -> int:
         return max(0, round(line(first, second)))
@@ -237,13 +243,13 @@ def _extended(one: RankRecord, two: RankRecord, samples: int) -> RankRecord | No
             whole(first.peak, second.peak),
         )
 
-    if not all(_alike(one.actions[key].trace, two.actions[key].trace) for key in one.actions):
+    if not all(_alike(few.actions[key].trace, more.actions[key].trace) for key in few.actions):
         return None
     return replace(
-        one,
-        actions={key: segment(each, two.actions[key]) for key, each in one.actions.items()},
-        messages={index: whole(size, two.messages[index]) for index, size in one.messages.items()},
-        batch=whole(one.batch, two.batch),
+        few,
+        actions={key: segment(each, more.actions[key]) for key, each in few.actions.items()},
+        messages={index: whole(size, more.messages[index]) for index, size in few.messages.items()},
+        batch=whole(few.batch, more.batch),
     )
 
 

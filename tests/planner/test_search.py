@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import product
 from typing import Any
@@ -22,6 +22,7 @@ from megatron.planner.reasons import reason, spent, summary
 from megatron.planner.report import peak_bytes
 from megatron.planner.search import Search, search
 from megatron.training import BertPretraining, GPTPretraining, T5Pretraining
+from megatron.training.task import Task
 from megatron.validation import find_problems
 from tests.configs import small
 
@@ -36,7 +37,11 @@ T5 = GPT | {
     "model_type": "t5", "seq_length": 512, "decoder_seq_length": 128, "vocab_extra_ids": 100,
     "position_embedding_type": "relative",
 }  # fmt: skip
-TASKS = {"bert": BertPretraining, "gpt": GPTPretraining, "t5": T5Pretraining}
+TASKS: dict[str, Callable[[Config], Task]] = {
+    "bert": BertPretraining,
+    "gpt": GPTPretraining,
+    "t5": T5Pretraining,
+}
 # Few enough to run all of them dry.
 FEW = {"recompute_granularity": None, "shard_gradients": False, "use_distributed_optimizer": True}
 
@@ -143,7 +148,7 @@ def test_a_composed_plan_is_nearly_the_real_one(
     flags: dict[str, Any], chosen: dict[str, Any], hardware: Hardware
 ) -> None:
     base, task = small(**flags), TASKS[flags["model_type"]]
-    plain = Layout(1, 1, None, "1f1b", None, False, False, False, None, 4)
+    plain = Layout(1, 1, None, "1f1b", None, False, False, False, None, 8)
     layout = replace(plain, **chosen)
     book = PartBook(base, task)
     composed = put_together(book.recorded(layout, GPUS), hardware)
