@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from megatron.pipeline.actions import Kind
 from megatron.pipeline.messages import Edge, Message, Step
-from megatron.planner.recording import Key, RankRecord, Segment
-from megatron.planner.timing import place_of
+from megatron.planner.recording import RankRecord, Segment
+from megatron.planner.timing import MIDDLE, place_of
 
 
 def peak_activations(
@@ -31,14 +31,14 @@ def peak_activations(
     held = _Held(record, _left_by_the_last_step(record, steps))
     held.add(record.rest + ahead * micro_batches * record.batch)
     held.run(record.before)
+    left = _left_by_a_micro_batch(record)
+    ends = Kind.WEIGHT if any(key[1] is Kind.WEIGHT for key in record.actions) else Kind.BACKWARD
     for step in steps:
-        action = step.action
-        key: Key = (
-            stages.index(action.stage),
-            action.kind,
-            place_of(action.micro_batch, micro_batches),
-        )
-        held.take(step, record.actions[key])
+        action, stage = step.action, stages.index(step.action.stage)
+        at = place_of(action.micro_batch, micro_batches)
+        held.take(step, record.actions[stage, action.kind, at])
+        if at == MIDDLE and action.micro_batch > 1 and action.kind is ends:
+            held.add(-left[stage])
     held.run(record.after)
     return held.peak
 
@@ -89,6 +89,18 @@ class _Held:
             self._inputs[place] = received
         elif action.kind is Kind.BACKWARD:
             self._live -= received + self._inputs.pop(place)
+
+
+def _left_by_a_micro_batch(record: RankRecord) -> Counter[int]:
+    """By the place of the stage: bytes of buckets that one in the middle has begun to fill.
+
+    The next one fills them on; they do not become more with every micro-batch.
+    """
+    left: Counter[int] = Counter()
+    for (stage, _, at), segment in record.actions.items():
+        if at == MIDDLE:
+            left[stage] += segment.change
+    return left
 
 
 def _left_by_the_last_step(record: RankRecord, steps: Sequence[Step]) -> Counter[Edge]:
