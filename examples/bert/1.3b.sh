@@ -4,6 +4,7 @@
 # source      arXiv 1909.08053, table 4
 # parameters  1.281 billion; published: 1.3 billion, rounded
 # layout      128 GPUs: tensor 2, data 64
+# hardware    published on V100 of 32 GB
 # ours        layout; bf16, distributed optimizer, sequence parallelism
 #
 #     DATA=text_text_sentence VOCAB=vocab.txt bash examples/bert/1.3b.sh

@@ -4,6 +4,7 @@
 # source      arXiv 1810.04805, section 3 and appendix A.2
 # parameters  110.1 million; published: 110 million
 # layout      8 GPUs: data 8
+# hardware    published on TPUs, 16 chips
 # ours        layout; all sequences of full length, where the paper begins with 128 tokens; bf16,
 #             distributed optimizer
 #

@@ -4,6 +4,7 @@
 # source      arXiv 1909.08053, table 4
 # parameters  3.869 billion; published: 3.9 billion
 # layout      256 GPUs: tensor 4, data 64
+# hardware    published on V100 of 32 GB
 # ours        layout; bf16, distributed optimizer, sequence parallelism
 #
 #     DATA=text_text_sentence VOCAB=vocab.txt bash examples/bert/3.9b.sh

@@ -4,6 +4,7 @@
 # source      arXiv 1909.08053, table 4
 # parameters  336.2 million; published: 336 million
 # layout      64 GPUs: data 64
+# hardware    published on V100 of 32 GB
 # ours        layout; bf16, distributed optimizer
 #
 #     DATA=text_text_sentence VOCAB=vocab.txt bash examples/bert/345m.sh

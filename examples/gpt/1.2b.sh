@@ -4,6 +4,7 @@
 # source      arXiv 1909.08053, table 1
 # parameters  1.212 billion; published: 1.2 billion, rounded
 # layout      64 GPUs: data 64
+# hardware    published on V100 of 32 GB
 # ours        bf16, distributed optimizer; no recomputation, for GPUs of 80 GB
 #
 #     DATA=text_text_document VOCAB=vocab.json MERGES=merges.txt bash examples/gpt/1.2b.sh

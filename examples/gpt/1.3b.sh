@@ -4,6 +4,7 @@
 # source      arXiv 2005.14165, table 2.1
 # parameters  1.316 billion; published: 1.3 billion, rounded
 # layout      64 GPUs: data 64
+# hardware    published on V100
 # ours        16 heads, since the 24 of 128 of the table would make 1.5 billion; layout; all layers
 #             attend to all tokens, where every second one of the paper is sparse; bf16, distributed
 #             optimizer

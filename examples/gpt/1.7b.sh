@@ -4,6 +4,7 @@
 # source      arXiv 2104.04473, table 1
 # parameters  1.652 billion; published: 1.7 billion, rounded
 # layout      32 GPUs: data 32
+# hardware    published on A100 of 80 GB
 # ours        optimisation, micro-batch, bf16, distributed optimizer
 #
 #     DATA=text_text_document VOCAB=vocab.json MERGES=merges.txt bash examples/gpt/1.7b.sh

@@ -4,6 +4,7 @@
 # source      arXiv 2005.14165, table 2.1
 # parameters  125.2 million; published: 125 million
 # layout      32 GPUs: data 32
+# hardware    published on V100
 # ours        layout; all layers attend to all tokens, where every second one of the paper is
 #             sparse; bf16, distributed optimizer
 #

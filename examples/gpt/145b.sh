@@ -4,6 +4,7 @@
 # source      arXiv 2104.04473, table 1
 # parameters  145.6 billion; published: 145.6 billion
 # layout      1536 GPUs: tensor 8, pipeline 8 of 2 virtual stages each, data 24
+# hardware    published on A100 of 80 GB
 # ours        optimisation, micro-batch, layers of a virtual stage, bf16, sequence parallelism,
 #             distributed optimizer
 #

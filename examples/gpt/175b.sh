@@ -4,6 +4,7 @@
 # source      arXiv 2205.05198, table 3
 # parameters  174.6 billion; published: 175 billion
 # layout      64 GPUs: tensor 8, pipeline 8 of 3 virtual stages each
+# hardware    published on A100 of 80 GB
 # ours        optimisation, bf16, sequence parallelism, distributed optimizer
 #
 #     DATA=text_text_document VOCAB=vocab.json MERGES=merges.txt bash examples/gpt/175b.sh

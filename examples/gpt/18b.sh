@@ -4,6 +4,7 @@
 # source      arXiv 2104.04473, table 1
 # parameters  18.45 billion; published: 18.4 billion
 # layout      256 GPUs: tensor 8, data 32
+# hardware    published on A100 of 80 GB
 # ours        optimisation, micro-batch, bf16, sequence parallelism, distributed optimizer
 #
 #     DATA=text_text_document VOCAB=vocab.json MERGES=merges.txt bash examples/gpt/18b.sh

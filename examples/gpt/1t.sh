@@ -4,6 +4,7 @@
 # source      arXiv 2104.04473, table 1
 # parameters  1008 billion; published: 1008 billion
 # layout      3072 GPUs: tensor 8, pipeline 64 of 2 virtual stages each, data 6
+# hardware    published on A100 of 80 GB
 # ours        optimisation, micro-batch, layers of a virtual stage, bf16, sequence parallelism,
 #             distributed optimizer
 #

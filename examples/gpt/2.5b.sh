@@ -4,6 +4,7 @@
 # source      arXiv 1909.08053, table 1
 # parameters  2.489 billion; published: 2.5 billion
 # layout      128 GPUs: tensor 2, data 64
+# hardware    published on V100 of 32 GB
 # ours        bf16, distributed optimizer, sequence parallelism; no recomputation, for GPUs of 80 GB
 #
 #     DATA=text_text_document VOCAB=vocab.json MERGES=merges.txt bash examples/gpt/2.5b.sh

@@ -4,6 +4,7 @@
 # source      arXiv 2104.04473, table 1
 # parameters  3.562 billion; published: 3.6 billion, rounded
 # layout      64 GPUs: tensor 2, data 32
+# hardware    published on A100 of 80 GB
 # ours        optimisation, micro-batch, bf16, sequence parallelism, distributed optimizer
 #
 #     DATA=text_text_document VOCAB=vocab.json MERGES=merges.txt bash examples/gpt/3.6b.sh

@@ -4,6 +4,7 @@
 # source      arXiv 2104.04473, table 1
 # parameters  310.1 billion; published: 310.1 billion
 # layout      1920 GPUs: tensor 8, pipeline 16 of 2 virtual stages each, data 15
+# hardware    published on A100 of 80 GB
 # ours        optimisation, micro-batch, layers of a virtual stage, bf16, sequence parallelism,
 #             distributed optimizer
 #

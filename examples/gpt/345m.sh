@@ -4,6 +4,7 @@
 # source      arXiv 1909.08053, table 2
 # parameters  354.8 million; published: 355 million
 # layout      64 GPUs: data 64
+# hardware    published on V100 of 32 GB
 # ours        bf16, distributed optimizer; no recomputation, for GPUs of 80 GB
 #
 #     DATA=text_text_document VOCAB=vocab.json MERGES=merges.txt bash examples/gpt/345m.sh

@@ -4,6 +4,7 @@
 # source      arXiv 2104.04473, table 1
 # parameters  39.1 billion; published: 39.1 billion
 # layout      512 GPUs: tensor 8, pipeline 2 of 2 virtual stages each, data 32
+# hardware    published on A100 of 80 GB
 # ours        optimisation, micro-batch, layers of a virtual stage, bf16, sequence parallelism,
 #             distributed optimizer
 #

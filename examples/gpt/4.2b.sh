@@ -4,6 +4,7 @@
 # source      arXiv 1909.08053, table 1
 # parameters  4.197 billion; published: 4.2 billion
 # layout      256 GPUs: tensor 4, data 64
+# hardware    published on V100 of 32 GB
 # ours        bf16, distributed optimizer, sequence parallelism; no recomputation, for GPUs of 80 GB
 #
 #     DATA=text_text_document VOCAB=vocab.json MERGES=merges.txt bash examples/gpt/4.2b.sh

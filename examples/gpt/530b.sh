@@ -4,6 +4,7 @@
 # source      arXiv 2104.04473, table 1
 # parameters  529.6 billion; published: 529.6 billion
 # layout      2520 GPUs: tensor 8, pipeline 35 of 3 virtual stages each, data 9
+# hardware    published on A100 of 80 GB
 # ours        optimisation, micro-batch, layers of a virtual stage, bf16, sequence parallelism,
 #             distributed optimizer
 #

@@ -4,6 +4,7 @@
 # source      arXiv 2104.04473, table 1
 # parameters  7.468 billion; published: 7.5 billion
 # layout      128 GPUs: tensor 4, data 32
+# hardware    published on A100 of 80 GB
 # ours        optimisation, micro-batch, bf16, sequence parallelism, distributed optimizer
 #
 #     DATA=text_text_document VOCAB=vocab.json MERGES=merges.txt bash examples/gpt/7.5b.sh

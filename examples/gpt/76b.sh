@@ -4,6 +4,7 @@
 # source      arXiv 2104.04473, table 1
 # parameters  76.05 billion; published: 76.1 billion
 # layout      1024 GPUs: tensor 8, pipeline 4 of 3 virtual stages each, data 32
+# hardware    published on A100 of 80 GB
 # ours        optimisation, micro-batch, layers of a virtual stage, bf16, sequence parallelism,
 #             distributed optimizer
 #

@@ -4,6 +4,7 @@
 # source      arXiv 1909.08053, table 1
 # parameters  8.314 billion; published: 8.3 billion
 # layout      512 GPUs: tensor 8, data 64
+# hardware    published on V100 of 32 GB
 # ours        bf16, distributed optimizer, sequence parallelism; no recomputation, for GPUs of 80 GB
 #
 #     DATA=text_text_document VOCAB=vocab.json MERGES=merges.txt bash examples/gpt/8.3b.sh

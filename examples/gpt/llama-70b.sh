@@ -4,6 +4,7 @@
 # source      arXiv 2407.21783, table 3
 # parameters  70.55 billion; published: 70 billion
 # layout      256 GPUs: tensor 8, pipeline 4 of 4 virtual stages each, data 8
+# hardware    published on H100 of 80 GB
 # ours        layout and batch
 #
 #     DATA=text_text_document VOCAB=vocab.json MERGES=merges.txt bash examples/gpt/llama-70b.sh

@@ -4,6 +4,7 @@
 # source      arXiv 2407.21783, table 3
 # parameters  8.03 billion; published: 8 billion
 # layout      64 GPUs: tensor 2, data 32
+# hardware    published on H100 of 80 GB
 # ours        layout and batch
 #
 #     DATA=text_text_document VOCAB=vocab.json MERGES=merges.txt bash examples/gpt/llama-8b.sh

@@ -4,6 +4,7 @@
 # source      arXiv 1910.10683, section 3.7
 # parameters  11.31 billion; published: about 11 billion
 # layout      256 GPUs: tensor 8, data 32
+# hardware    published on TPUs
 # ours        layout; Adam, its rates, initial values; bf16, distributed optimizer, sequence
 #             parallelism
 #

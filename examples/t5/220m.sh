@@ -4,6 +4,7 @@
 # source      arXiv 1910.10683, section 3.1.1
 # parameters  222.9 million; published: about 220 million
 # layout      64 GPUs: data 64
+# hardware    published on TPUs
 # ours        layout; Adam, its rates, initial values; bf16, distributed optimizer
 #
 #     DATA=text_text_sentence TOKENIZER_MODEL=spiece.model bash examples/t5/220m.sh

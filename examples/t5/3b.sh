@@ -4,6 +4,7 @@
 # source      arXiv 1910.10683, section 3.7
 # parameters  2.852 billion; published: around 2.8 billion
 # layout      128 GPUs: tensor 2, data 64
+# hardware    published on TPUs
 # ours        layout; Adam, its rates, initial values; bf16, distributed optimizer, sequence
 #             parallelism
 #
