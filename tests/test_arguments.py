@@ -506,8 +506,8 @@ def test_what_is_asked_of_a_dry_run_is_no_part_of_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--dry-run", "--world-size", "0"], ["--world-size 0 is outside [1, inf)"]),
-        (["--dry-run", "--world-size", "-3"], ["--world-size -3 is outside [1, inf)"]),
+        (["--dry-run", "--world-size", "0"], ["--world-size 0 is outside [1, 262144]"]),
+        (["--dry-run", "--world-size", "-3"], ["--world-size -3 is outside [1, 262144]"]),
         (["--dry-run", "--world-size", "1e3"], ["--world-size expects an integer, found '1e3'"]),
         (["--dry-run", "--hardware"], ["--hardware expects one value, found none"]),
         (["--dry-run", "--hardware", "a", "b"], ["--hardware expects one value, found 2: a b"]),

@@ -16,7 +16,9 @@ class DryRunConfig:
         topic="Dry run",
     )
     world_size: int | None = flag(
-        "ranks of the planned cluster; torchrun's where not given", default=None, bounds="[1, inf)"
+        "ranks of the planned cluster; torchrun's where not given",
+        default=None,
+        bounds="[1, 262144]",
     )
     hardware: str = flag(
         "what the cluster is made of: h100-sxm, a100-80gb, v100-32gb, or a YAML file like those in "

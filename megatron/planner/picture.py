@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
     from megatron.planner.plan import Plan
 
+ENDINGS = (".png", ".svg", ".pdf")
+
 Corners = tuple[tuple[float, float], ...]
 
 # Per kind the colours of the first and of the last of a rank's chunks.
@@ -131,12 +133,12 @@ class _Timed:
 def check_picture(path: Path) -> None:
     """Raises ConfigError where no picture can be drawn: no matplotlib, or an unknown ending."""
     try:
-        from matplotlib.figure import Figure
+        import matplotlib.figure  # noqa: F401
     except ImportError:
         raise ConfigError(
             f"{path}: drawing needs the package matplotlib: pip install matplotlib"
         ) from None
-    if path.suffix.lstrip(".").lower() not in Figure().canvas.get_supported_filetypes():
+    if path.suffix.lower() not in ENDINGS:
         raise ConfigError(f"{path}: expected a picture such as .png, .svg or .pdf")
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron.errors import ConfigError
+from megatron.pipeline.simulator import Costs, simulate
 from megatron.planner.picture import check_picture, draw_plan
 from megatron.planner.plan import Plan
 from tests.planner.plans import GIB, plan
@@ -69,9 +71,10 @@ def test_a_plan_that_does_not_fit_says_so(tmp_path: Path) -> None:
     assert any("does not fit: rank 0 needs 116.71 of 78.00 GiB" in text for text in texts)
 
 
-def test_an_unknown_kind_of_picture_is_one_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["plan.docx", "plan.pgf", "plan", ".png"])
+def test_an_unknown_kind_of_picture_is_one_line(tmp_path: Path, name: str) -> None:
     pytest.importorskip("matplotlib")
-    path = tmp_path / "plan.docx"
+    path = tmp_path / name
     with pytest.raises(ConfigError) as caught:
         draw_plan(plan(), path)
     assert caught.value.problems == (f"{path}: expected a picture such as .png, .svg or .pdf",)
@@ -82,3 +85,15 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match="^plan.png: drawing needs the package matplotlib: pip"):
         check_picture(Path("plan.png"))
+
+
+def test_long_boxes_have_no_larger_numbers_than_most(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "plan.svg"
+    made = plan("zb-h1", ranks=3, micro_batches=19, rest=0)
+    draw_plan(replace(made, simulation=simulate(made.schedule, Costs(1, 4, 1, 0))), path)
+    texts = re.findall(r"<!-- (.*) -->\s*<g [^>]*scale\(([\d.]+) ", path.read_text())
+    # Numbers that stand on the axis of time are left out.
+    sizes = [float(size) for text, size in texts if re.fullmatch(r"[1-9]|1[1-8]", text)]
+    assert len(sizes) >= 3 * 3 * 17
+    assert max(sizes) <= 1.01 * min(sizes)
