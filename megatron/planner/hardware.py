@@ -9,6 +9,7 @@ This file imports no torch.
 
 from __future__ import annotations
 
+import difflib
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -165,9 +166,11 @@ def load_hardware(name: str) -> Hardware:
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
+        close = difflib.get_close_matches(name.lower(), names(), n=1, cutoff=0.4)
+        meant = f": did you mean {close[0]}?" if close else ""
         raise ConfigError(
             f"--hardware {name} is none of {', '.join(names())}, and cannot be read as a file: "
-            f"{error.strerror}"
+            f"{error.strerror}{meant}"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"--hardware {name}: not YAML: {error}".replace("\n", " ")) from error

@@ -258,7 +258,8 @@ def test_where_training_cannot_write_is_named(
     if flag != "data_cache_dir":
         assert line == f"--{flag.replace('_', '-')} {below}: {place.directory}/file is no directory"
     status, _ = train("gpt", place.words("gpt", **{flag: below}))
-    assert status == 1
+    # A run looks at where it will save before any work; the others it finds as it opens them.
+    assert status == (2 if flag == "save" else 1)
 
 
 @pytest.mark.parametrize("flag", ["save", "load"])
