@@ -41,12 +41,11 @@ from benchmarks.published_runs import (
     System,
     published_runs,
 )
-from megatron.pipeline.actions import Kind, Schedule
-from megatron.pipeline.schedule import make_schedule
+from megatron.pipeline.actions import Kind
 from megatron.planner.dry_run import Recorded, record
 from megatron.planner.hardware import Hardware, load_hardware
 from megatron.planner.recording import Key, RankRecord, Segment
-from megatron.planner.timing import LAST, RankTraces, step_time
+from megatron.planner.timing import LAST, step_time
 from megatron.planner.trace import (
     Communication,
     Event,
@@ -211,30 +210,11 @@ def _pieces(product: Event, pieces: int) -> list[Operation]:
 
 def predict(run: Run, recorded: Recorded, hardware: Hardware) -> Prediction:
     """The planner's figure for a run, recorded and changed to what was published."""
-    timed = step_time(_schedule(recorded), _traces(recorded), hardware)
+    timed = step_time(recorded.schedule(), recorded.traces(), hardware)
     predicted = timed.seconds
     if run.table != KORTHIKANTI:
         predicted = counted_flops(run) / timed.seconds / run.gpus / 1e12
     return Prediction(run, predicted, timed.seconds, timed.simulation.bubble)
-
-
-def _schedule(recorded: Recorded) -> Schedule:
-    name, ranks = recorded.config.parallel.schedule, recorded.topology.pipeline
-    virtual = recorded.stages // ranks
-    return make_schedule(name, ranks, recorded.micro_batches, virtual=virtual)
-
-
-def _traces(recorded: Recorded) -> list[RankTraces]:
-    """What each rank of the pipeline does."""
-    found = []
-    for rank, own in enumerate(recorded.ranks):
-        stages = recorded.stages_of(rank)
-        actions = {
-            (stages[place], kind, at): segment.trace
-            for (place, kind, at), segment in own.actions.items()
-        }
-        found.append(RankTraces(actions, own.before.trace, own.after.trace))
-    return found
 
 
 def counted_flops(run: Run) -> float:

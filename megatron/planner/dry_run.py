@@ -47,9 +47,43 @@ class Recorded:
         """Stages of the whole model, virtual ones included."""
         return len(self.task.stages(self.config))
 
+    @property
+    def fits_schedule_to_times(self) -> bool:
+        """Whether the run plans its schedule anew by what it has measured (`training.plan`)."""
+        parallel = self.config.parallel
+        unknown = parallel.schedule == "zb-2p" and parallel.pipeline_costs is None
+        return unknown and self.topology.pipeline > 1
+
     def stages_of(self, rank: int) -> list[int]:
         """The stages of a rank of the pipeline."""
         return list(range(rank, self.stages, self.topology.pipeline))
+
+    def schedule(self, costs: Costs | None = None) -> Schedule:
+        """The schedule of a whole step as the run makes it, by stated costs or else by these."""
+        parallel = self.config.parallel
+        stated = parallel.pipeline_costs
+        return make_schedule(
+            parallel.schedule,
+            self.topology.pipeline,
+            self.micro_batches,
+            virtual=self.stages // self.topology.pipeline,
+            costs=costs if stated is None else Costs(*stated),
+        )
+
+    def traces(self) -> list[RankTraces]:
+        """What each rank of the pipeline does, for the clock."""
+        return [
+            RankTraces(
+                {
+                    (stages[place], kind, at): segment.trace
+                    for (place, kind, at), segment in record.actions.items()
+                },
+                record.before.trace,
+                record.after.trace,
+            )
+            for rank, record in enumerate(self.ranks)
+            for stages in [self.stages_of(rank)]
+        ]
 
 
 def dry_run(
@@ -90,22 +124,14 @@ def record(config: Config, make_task: Callable[[Config], Task], world_size: int)
 
 def put_together(recorded: Recorded, hardware: Hardware) -> Plan:
     """The plan of what was recorded, on `hardware`."""
-    traces = [
-        RankTraces(
-            {
-                (stages[place], kind, at): segment.trace
-                for (place, kind, at), segment in record.actions.items()
-            },
-            record.before.trace,
-            record.after.trace,
-        )
-        for rank, record in enumerate(recorded.ranks)
-        for stages in [recorded.stages_of(rank)]
-    ]
-    schedule = _schedule(recorded, None)
+    traces = recorded.traces()
+    schedule = recorded.schedule()
     timed = step_time(schedule, traces, hardware)
+    if recorded.fits_schedule_to_times:
+        schedule = recorded.schedule(_slowest(timed.costs))
+        timed = step_time(schedule, traces, hardware)
     config, topology = recorded.config, recorded.topology
-    ramp_full = recorded.micro_batches * config.train.micro_batch_size * topology.data
+    samples = recorded.micro_batches * config.train.micro_batch_size * topology.data
     return Plan(
         config=config,
         topology=topology,
@@ -114,24 +140,17 @@ def put_together(recorded: Recorded, hardware: Hardware) -> Plan:
         micro_batches=recorded.micro_batches,
         ranks=tuple(_rank_plans(recorded, schedule)),
         flops=_flops(recorded, schedule),
-        model_flops=recorded.task.flops_per_sample(config) * ramp_full,
+        model_flops=recorded.task.flops_per_sample(config) * samples,
         simulation=timed.simulation,
         step_time=timed.seconds,
         hardware=hardware,
     )
 
 
-def _schedule(recorded: Recorded, costs: Costs | None) -> Schedule:
-    """The schedule of a whole step, as the run makes it."""
-    parallel = recorded.config.parallel
-    stated = parallel.pipeline_costs
-    return make_schedule(
-        parallel.schedule,
-        recorded.topology.pipeline,
-        recorded.micro_batches,
-        virtual=recorded.stages // recorded.topology.pipeline,
-        costs=costs if stated is None else Costs(*stated),
-    )
+def _slowest(costs: Costs) -> Costs:
+    """What a run measures to plan zb-2p by: the slowest rank's times, messages taken as free."""
+    of_all = costs.forward, costs.backward, costs.weight
+    return Costs(*(max(each) if isinstance(each, Sequence) else each for each in of_all))
 
 
 def _rank_plans(recorded: Recorded, schedule: Schedule) -> Iterator[RankPlan]:

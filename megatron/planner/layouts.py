@@ -23,6 +23,7 @@ from megatron.validation import CHECKS
 
 Values = Mapping[str, Any]
 
+_WRITTEN = {None: "none", False: "false"}
 SCHEDULES = ("1f1b", "interleaved", "zb-h1", "zb-2p")
 GRANULARITIES = (None, "selective", "full")
 
@@ -47,12 +48,13 @@ class Layout:
         return Config.from_flags(base.to_flags() | asdict(self))
 
     def flags(self) -> list[str]:
-        """The words of a command line; what is a flag's default is left out."""
+        """The words of a command line, which win over all that a script or a file has stated."""
         words = []
         for name, value in asdict(self).items():
-            if value not in (None, False):
-                words.append("--" + name.replace("_", "-"))
-                words += [] if value is True else [str(value)]
+            if value is None and name == "pipeline_model_parallel_split_rank":
+                continue  # of an encoder-decoder alone
+            words.append("--" + name.replace("_", "-"))
+            words += [] if value is True else [_WRITTEN.get(value, str(value))]
         return words
 
 

@@ -249,12 +249,14 @@ class StepTime:
         simulation: of the schedule alone, with the times of a micro-batch in the middle.
         before: what comes before the pipeline can start, parameters to be waited for included.
         after: from the last action to the end: gradients on their way, norm and update.
+        costs: of a micro-batch in the middle, by stage, which the simulation has taken.
     """
 
     seconds: float
     simulation: Simulation
     before: float
     after: float
+    costs: Costs
 
 
 def step_time(schedule: Schedule, ranks: Sequence[RankTraces], hardware: Hardware) -> StepTime:
@@ -269,7 +271,8 @@ def step_time(schedule: Schedule, ranks: Sequence[RankTraces], hardware: Hardwar
     Raises:
         ConfigError: the hardware has no rate for a number format.
     """
-    simulation = simulate(schedule, _costs(schedule, ranks, hardware))
+    costs = _costs(schedule, ranks, hardware)
+    simulation = simulate(schedule, costs)
     late = _delay_of_the_start(schedule, simulation, ranks, hardware)
     clocks, begun = [], []
     for rank, traces in enumerate(ranks):
@@ -288,7 +291,7 @@ def step_time(schedule: Schedule, ranks: Sequence[RankTraces], hardware: Hardwar
             clock.wait_until(meeting)
             clock.run(together)
     seconds = max(clock.now - start for clock, start in zip(clocks, begun, strict=True))
-    return StepTime(seconds, simulation, late, seconds - late - simulation.cost)
+    return StepTime(seconds, simulation, late, seconds - late - simulation.cost, costs)
 
 
 def _costs(schedule: Schedule, ranks: Sequence[RankTraces], hardware: Hardware) -> Costs:
