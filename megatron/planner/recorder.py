@@ -60,6 +60,7 @@ class Recorder(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
         self._alive: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._received: dict[int, int] = {}
+        self._last_made, self._peak_before = 0, 0
         self._communications = 0
 
     @classmethod
@@ -130,6 +131,7 @@ class Recorder(TorchDispatchMode):
         self._sizes[key] = size
         self._alive[key] = weakref.ref(storage, self._at_the_end(key))
         self.live += size
+        self._last_made, self._peak_before = key, self.peak
         self.peak = max(self.peak, self.live)
 
     def _at_the_end(self, key: int) -> Callable[[object], None]:
@@ -147,6 +149,8 @@ class Recorder(TorchDispatchMode):
         if key in self._received:
             self.passed_on = True
             return
+        if is_received and key == self._last_made:
+            self.peak = self._peak_before  # it was never part of what is counted here
         self._drop(key)
         self._sizes[key] = 0
         self._alive[key] = weakref.ref(storage, self._at_the_end(key))

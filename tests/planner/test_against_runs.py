@@ -85,7 +85,7 @@ LAYOUTS: dict[str, tuple[str, int, dict[str, Any]]] = {
     ),
 }
 MICRO_BATCHES = 6
-DRAWN, MOST_RANKS = 3, 4
+DRAWN, MOST_RANKS = 2, 3
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -139,3 +139,12 @@ def test_a_forward_pass_leaves_what_its_backward_pass_takes() -> None:
             assert forward.change > 0
             assert abs(forward.change + backward.change) < 100  # scalars of the loss
             assert forward.peak >= forward.change
+
+
+def test_a_stage_without_layers_sends_on_what_it_has_received() -> None:
+    records = _records(
+        3, pipeline_model_parallel_size=3, pipeline_layers=(2, 0, 2), global_batch_size=12
+    )
+    forward = [record.actions[0, Kind.FORWARD, "middle"] for record in records]
+    assert [segment.passes_on for segment in forward] == [False, True, False]
+    assert forward[1].peak == 0
