@@ -26,7 +26,6 @@ import torch
 from megatron.mpu.topology import Coordinates
 from megatron.ops.philox import Draw
 
-
 # The devices whose numbers the host's generator draws; a run that is only planned draws none.
 _BY_HOST = ("cpu", "meta")
 

@@ -16,7 +16,6 @@ import torch.distributed as dist
 
 from megatron.ops.planned import device_type
 
-
 GLOO, PLANNED_GLOO = "gloo", "planned_gloo"
 
 

@@ -42,7 +42,7 @@ def find_shared(parameters: Sequence[nn.Parameter], state: ParallelState) -> dic
 
 
 def names(parameters: Iterable[nn.Parameter]) -> Names:
-    """What a rank tells the others: the tensors that it holds, and those of them that are copies."""
+    """What a rank tells the others: the tensors that it holds, and which of them are copies."""
     specs = [shard_spec(parameter) for parameter in parameters]
     return {spec.key for spec in specs}, {spec.key for spec in specs if spec.tied_to is not None}
 

@@ -2,8 +2,7 @@
 
 On the meta device an operator's twin runs in full, and only the shapes of its results are wanted.
 A model takes the same few operators in every layer, every micro-batch and both steps of a
-recording: `with KnownResults():` around recordings makes them several times as fast, and changes
-nothing that they find.
+recording.
 """
 
 from __future__ import annotations
@@ -13,48 +12,36 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 NAMESPACE = "megatron"
 # Arguments on which no shape depends.
 _IMMATERIAL = ("number",)
 
+_known: dict[Any, Callable[[], Any]] = {}
 
-class KnownResults(TorchDispatchMode):
-    """While it is entered, operators that were seen with the same arguments are not run again.
 
-    Only operators of this project that change no argument are taken: their results are new tensors
+def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """`func(*args, **kwargs)`, where it need not be run for it without running it.
+
+    Only operators of this project that change no argument are known: their results are new tensors
     of contiguous or given strides, whatever the values.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._known: dict[Any, Callable[[], Any]] = {}
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func.namespace != NAMESPACE or func._schema.is_mutable or kwargs or not _is_meta(args):
-            return func(*args, **kwargs)
-        names = (argument.name for argument in func._schema.arguments)
-        key = (
-            func,
-            *(
-                _described(value)
-                for name, value in zip(names, args, strict=False)
-                if name not in _IMMATERIAL
-            ),
-        )
-        if key in self._known:
-            return self._known[key]()
-        result = func(*args)
-        self._known[key] = _maker(result)
-        return result
+    if func.namespace != NAMESPACE or func._schema.is_mutable or kwargs or not _is_meta(args):
+        return func(*args, **kwargs)
+    names = (argument.name for argument in func._schema.arguments)
+    key = (
+        func,
+        *(
+            _described(value)
+            for name, value in zip(names, args, strict=False)
+            if name not in _IMMATERIAL
+        ),
+    )
+    if key in _known:
+        return _known[key]()
+    result = func(*args)
+    _known[key] = _maker(result)
+    return result
 
 
 def _is_meta(args: tuple[Any, ...]) -> bool:

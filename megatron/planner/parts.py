@@ -30,7 +30,6 @@ from megatron.config import Config
 from megatron.mpu import Stage, Topology
 from megatron.pipeline.actions import Kind
 from megatron.planner.dry_run import Recorded, record
-from megatron.planner.known_results import KnownResults
 from megatron.planner.layouts import Layout
 from megatron.planner.recording import Key, RankRecord, Segment
 from megatron.planner.timing import ALL_STAGES, FIRST, LAST, MIDDLE
@@ -89,7 +88,6 @@ class PartBook:
     def __init__(self, base: Config, make_task: Callable[[Config], Task]) -> None:
         """`base` is the model's configuration; its layout does not count."""
         self._base, self._make_task = base, make_task
-        self._known = KnownResults()
         self._recorded: dict[tuple[Way, int], Parts] = {}
         self._scaled: dict[tuple[Way, int], Parts] = {}
 
@@ -141,8 +139,7 @@ class PartBook:
         key = way, samples
         if key not in self._recorded:
             config, names = _probe(self._base, way, samples)
-            with self._known:
-                found = record(config, self._make_task, way.tensor * len(names) * REPLICAS)
+            found = record(config, self._make_task, way.tensor * len(names) * REPLICAS)
             self._recorded[key] = dict(zip(names, found.ranks, strict=True))
         return self._recorded[key]
 

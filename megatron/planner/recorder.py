@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron.planner import known_results
 from megatron.planner.trace import Communication, Event, Operation, Wait
 
 aten = torch.ops.aten
@@ -81,7 +82,8 @@ class Recorder(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        result = None if func in _UNKNOWN_TO_META else func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = None if func in _UNKNOWN_TO_META else known_results.call(func, args, kwargs)
         inputs = [t for t in _tensors((args, kwargs)) if t.is_meta]
         outputs = [t for t in _tensors(result) if t.is_meta]
         if inputs or outputs:

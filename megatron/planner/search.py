@@ -25,7 +25,6 @@ from megatron.errors import ConfigError
 from megatron.planner.dry_run import Recorded, put_together, record
 from megatron.planner.estimate import Estimate, Estimator
 from megatron.planner.hardware import Hardware
-from megatron.planner.known_results import KnownResults
 from megatron.planner.layouts import Layout, Layouts, divisors
 from megatron.planner.parts import PartBook, Way
 from megatron.planner.plan import Plan
@@ -164,7 +163,6 @@ class _Race:
     ) -> None:
         self._found, self._book, self._make_task, self._say = found, book, make_task, say
         self._estimator = Estimator(found.base, make_task, book, found.gpus, found.hardware)
-        self._known = KnownResults()
         self._confirmed: dict[Layout, Found] = {}
         self._fastest: dict[Layout, Estimate] = {}
         self._composed_here = 0
@@ -238,8 +236,7 @@ class _Race:
     def _confirm(self, layout: Layout) -> None:
         found = self._found
         found.confirmed += 1
-        with self._known:
-            recorded = record(layout.applied_to(found.base), self._make_task, found.gpus)
+        recorded = record(layout.applied_to(found.base), self._make_task, found.gpus)
         plan = put_together(recorded, found.hardware)
         if self._fits(layout, _fullest(plan), "confirmed"):
             self._confirmed[layout] = Found(layout, recorded, plan)

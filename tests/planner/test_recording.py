@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.mpu import Topology
 from megatron.mpu.collectives import all_gather, all_reduce, reduce_scatter
 from megatron.pipeline.actions import Kind
+from megatron.planner import known_results
 from megatron.planner.recorder import Recorder
 from megatron.planner.recording import RankRecord, plannable, record_ranks
 from megatron.planner.trace import Communication, Operation, Wait
@@ -148,3 +149,10 @@ def test_a_stage_without_layers_sends_on_what_it_has_received() -> None:
     forward = [record.actions[0, Kind.FORWARD, "middle"] for record in records]
     assert [segment.passes_on for segment in forward] == [False, True, False]
     assert forward[1].peak == 0
+
+
+def test_known_results_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    flags = {"tensor_model_parallel_size": 2, "recompute_granularity": "full", "swiglu": True}
+    known = _records(2, **flags)
+    monkeypatch.setattr(known_results, "call", lambda func, args, kwargs: func(*args, **kwargs))
+    assert _records(2, **flags) == known
