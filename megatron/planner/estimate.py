@@ -20,9 +20,10 @@ from dataclasses import dataclass, replace
 from megatron.config import Config
 from megatron.mpu import Topology
 from megatron.pipeline.actions import Kind
+from megatron.planner.composition import REPLICAS, part_names
 from megatron.planner.hardware import Hardware
 from megatron.planner.layouts import Layout
-from megatron.planner.parts import REPLICAS, PartBook, Way, part_names
+from megatron.planner.parts import PartBook, Way
 from megatron.planner.recording import RankRecord
 from megatron.planner.timing import (
     MICROSECOND,

@@ -181,17 +181,23 @@ def _record(
             if device_type == "cpu" or name not in task.host_fields
         )
         size = sum(field.numel() * field.element_size() for field in on_device)
-        return _put_together(config, task, trainer, segments, watch, size)
+        return _put_together(trainer, segments, watch, size)
 
 
 class _Watch:
-    """Cuts what a trainer's step does into segments."""
+    """Cuts what a trainer's step does into segments.
+
+    Attributes:
+        count: micro-batches of a step.
+        messages: bytes of what each stage sends on.
+        at_rest: bytes that lived before the recorded step.
+    """
 
     def __init__(self, recorder: Recorder, trainer: Trainer, count: int) -> None:
-        self._recorder, self._trainer, self._count = recorder, trainer, count
+        self._recorder, self._trainer, self.count = recorder, trainer, count
         self._segments: dict[Action | str, Segment] = {}
         self._current: Action | str = "before"
-        self._start = self._received = 0
+        self._start = self._received = self.at_rest = 0
         self.messages = _message_sizes(trainer)
 
     def step(self, batches: list[dict[str, Tensor]]) -> dict[Action | str, Segment]:
@@ -240,17 +246,20 @@ class _Watch:
 
 
 def _put_together(
-    config: Config,
-    task: Task,
     trainer: Trainer,
     segments: dict[Action | str, Segment],
     watch: _Watch,
     batch: int,
 ) -> RankRecord:
-    state, count = trainer.state, watch._count
-    own = [s.index for s in _own_stages(config, task, state.topology, state.pipeline.rank)]
+    state, task = trainer.state, trainer.task
+    own = _own_stages(trainer.config, task, state.topology, state.pipeline.rank)
+    places = [stage.index for stage in own]
     actions = {
-        (own.index(action.stage), action.kind, place_of(action.micro_batch, count)): segment
+        (
+            places.index(action.stage),
+            action.kind,
+            place_of(action.micro_batch, watch.count),
+        ): segment
         for action, segment in segments.items()
         if isinstance(action, Action)
     }
