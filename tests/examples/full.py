@@ -14,7 +14,9 @@ import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +73,10 @@ def main() -> int:
     hardware = parser.parse_args().hardware
     print(f"{hardware}: GPUs, peak GiB of one, seconds and TFLOP/s per GPU of a step; planned in")
     verdicts = []
-    for script in by_size():
-        done = dry_run(script, hardware)
-        print(done.row(), flush=True)
-        verdicts.append(done.verdict)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for done in pool.map(partial(dry_run, hardware=hardware), by_size()):
+            print(done.row(), flush=True)
+            verdicts.append(done.verdict)
     wrong = sum(verdict != "fits" for verdict in verdicts)
     print(f"{len(verdicts)} scripts, {wrong} wrong")
     return 1 if wrong else 0
