@@ -13,6 +13,7 @@ from megatron.pipeline.messages import (
     Message,
     Step,
     check_order,
+    compile_ranks,
     compile_steps,
     edges,
 )
@@ -52,6 +53,16 @@ def test_the_steps_are_the_table_and_every_message_has_two_ends(
     over_the_wire = [m for m in received if not m.is_local]
     assert sorted(m for step in steps for m in step.post) == over_the_wire
     assert set(edges(schedule)) == {m.edge for m in over_the_wire}
+
+
+@settings(FEW, max_examples=60)
+@given(st.one_of(MADE, DRAWN), st.booleans())
+def test_ranks_compiled_together_are_those_compiled_alone(
+    schedule: Schedule, evaluate: bool
+) -> None:
+    schedule = schedule.forward_only() if evaluate else schedule
+    alone = compiled(schedule)
+    assert compile_ranks(schedule, range(schedule.num_ranks)) == alone
 
 
 @FEW
