@@ -56,6 +56,7 @@ TORCH_FREE = (
     "megatron.mpu.topology",
     "megatron.pipeline.schedule",
     "megatron.pipeline.simulator",
+    "megatron.planner.drawing",
     "megatron.planner.hardware",
     "megatron.planner.picture",
     "megatron.planner.plan",

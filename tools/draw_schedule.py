@@ -34,7 +34,7 @@ from megatron.errors import ConfigError, run_command
 from megatron.pipeline.actions import Schedule
 from megatron.pipeline.schedule import SCHEDULES, make_schedule
 from megatron.pipeline.simulator import Costs, Simulation, simulate
-from megatron.planner.picture import draw_schedule
+from megatron.planner.drawing import draw_schedule
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ from megatron.arguments import Command
 from megatron.config import Config
 from megatron.config.dry_run import DryRunConfig
 from megatron.errors import ConfigError, UserError
+from megatron.planner.drawing import check_picture
 from megatron.planner.dry_run import Recorded, put_together, record
 from megatron.planner.hardware import Hardware, load_hardware
-from megatron.planner.picture import check_picture, draw_plan
+from megatron.planner.picture import draw_plan
 from megatron.planner.plan import Plan
 from megatron.planner.preflight import on_one_rank, preflight
 from megatron.planner.report import plan_json

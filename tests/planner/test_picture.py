@@ -11,7 +11,8 @@ import pytest
 
 from megatron.errors import ConfigError
 from megatron.pipeline.simulator import Costs, simulate
-from megatron.planner.picture import check_picture, draw_plan
+from megatron.planner.drawing import check_picture
+from megatron.planner.picture import draw_plan
 from megatron.planner.plan import Plan
 from tests.planner.plans import GIB, plan
 
